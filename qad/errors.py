@@ -1,0 +1,33 @@
+"""The exceptions of the core.
+
+QadError
+    RecipeError       what to quantize does not fit the model
+    NonFiniteError    a NaN or an infinity, with the name of the tensor that holds it
+    CalibrationError  activations were never seen, or saturate too often
+    CheckpointError   a folder that is not a checkpoint we can read
+    TrainingError     a loss that is not finite, a batch without a token to learn from
+"""
+
+
+class QadError(ValueError):
+    """Something the caller can mend: a message without a traceback is enough."""
+
+
+class RecipeError(QadError):
+    """The recipe does not fit the model."""
+
+
+class NonFiniteError(QadError):
+    """A tensor holds NaN or infinity; the message names it."""
+
+
+class CalibrationError(QadError):
+    """The calibration did not see what it needs, or its scales saturate."""
+
+
+class CheckpointError(QadError):
+    """A checkpoint folder is missing, incomplete or of an unknown layout."""
+
+
+class TrainingError(QadError):
+    """The training loop cannot go on."""
