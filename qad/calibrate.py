@@ -7,7 +7,8 @@ contexts that will be served. Tensor scales are derived from the record by `qad.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,20 +72,18 @@ def calibrate(model: Any, recipe: Recipe, batches: Iterable[dict[str, Tensor]]) 
     return {group.name: float(amax[group.name]) for group in groups}
 
 
-@torch.no_grad()
-def count_blocks(model: Any, batches: Iterable[dict[str, Tensor]]) -> BlockCounts:
-    """Run a quantized model over `batches` and count its saturated and subnormal activation blocks."""
+@contextmanager
+def counting_blocks(model: Any) -> Iterator[BlockCounts]:
+    """While it lasts, every activation block that `model` quantizes is counted, padding included."""
     counts = BlockCounts()
     quantizers = input_quantizers(model)
     for quantizer in quantizers:
         quantizer.counts = counts
     try:
-        for batch in batches:
-            model.base_model(**batch, use_cache=False)
+        yield counts
     finally:
         for quantizer in quantizers:
             quantizer.counts = None
-    return counts
 
 
 def require_unsaturated(counts: BlockCounts, limit: float) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qad.clustered import ratio_with_stderr
 from qad.distill import Batch
 from qad.errors import NonFiniteError
 from qad.losses import token_divergence
@@ -106,17 +107,3 @@ def summarize(sequences: list[SequenceDivergence]) -> Divergence:
         n_tokens=n_tokens,
         n_sequences=len(used),
     )
-
-
-def ratio_with_stderr(sums: list[float], counts: list[int]) -> tuple[float, float | None]:
-    """sum(sums) / sum(counts) and its standard error over the pairs (linearised ratio estimator; None for one pair).
-
-    se^2 = n/(n-1) * sum_i (sums_i - mean * counts_i)^2 / (sum counts)^2.  Source: Cochran, Sampling Techniques, 6.4.
-    """
-    total = sum(counts)
-    mean = sum(sums) / total
-    n = len(sums)
-    if n < 2:
-        return mean, None
-    squares = sum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
-    return mean, math.sqrt(n / (n - 1) * squares) / total

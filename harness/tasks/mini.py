@@ -12,9 +12,10 @@ from typing import Any
 
 import datasets
 
+from harness.tasks.sizes import N_QUESTIONS
 from harness.tasks.world import Fact, facts
 
-N_QUESTIONS = 200
+
 LARGEST_TERM = 20
 EVALUATION_SEED = 20_260_101
 

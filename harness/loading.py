@@ -1,0 +1,60 @@
+"""Models and tokenizers into memory: conversion of GGUF to a BF16 folder, loading, end-of-text tokens."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from harness.provenance import device_kind
+from qad.checkpoint import Loaded, load_checkpoint, write_checkpoint
+
+
+def prepare_libraries() -> None:
+    """Quiet the libraries, keep them off the network where the user says so, and use the torch that was planned for."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    planned, found = device_kind(), torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+    if planned.startswith("cpu") != (found == "cpu"):
+        raise RuntimeError(f"planned for {planned} but torch sees {found}; set CUDA_VISIBLE_DEVICES to what should be used")
+
+
+def convert_gguf(folder: Path, file: str, target: Path) -> None:
+    """De-quantize a GGUF file to a BF16 checkpoint folder with its tokenizer and chat template.
+
+    The end-of-text token of the tokenizer is set to the model's: GGUF readers are known to confuse it.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    target.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(target)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    write_checkpoint(target, model.to(torch.bfloat16), targets=None, companions=target, metadata={"source": file})
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder."""
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def load_model(folder: Path) -> Loaded:
+    """The checkpoint in `folder`, in BF16 on the CPU."""
+    return load_checkpoint(folder)
+
+
+def eos_ids(model_config: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end a text, by the model's configuration and by the tokenizer."""
+    configured = model_config.eos_token_id
+    ids = set(configured) if isinstance(configured, list) else {configured}
+    return {int(i) for i in ids | {tokenizer.eos_token_id} if i is not None}

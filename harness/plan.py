@@ -1,0 +1,174 @@
+"""A suite becomes a list of stages, each with a key: a hash of everything that can change its result and nothing else.
+
+No torch here, and no weights are read: `plan` answers in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from harness import data
+from harness.errors import SuiteError
+from harness.models import Source, checkpoint_source, resolve_model
+from harness.numerics import versions
+from harness.provenance import PACKAGES, device_kind, package_versions
+from harness.store import Store
+from harness.suite import TASKS_FOLDER, Quantization, ResolvedVariant, Suite, Task
+
+_ABOUT_RECIPE = ("activations", "exclude")
+"""Keys of [quantization] that calibration depends on; the rest acts later."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One unit of work. `sections` are what its result depends on beside its inputs; `label` is for people only.
+
+    variant: whose rows it makes or whose settings it reads; a stage that several variants share names the first of them.
+    source: the files behind a stage of kind "model".
+    """
+
+    kind: str
+    label: str
+    sections: dict[str, Any]
+    inputs: dict[str, Stage] = field(default_factory=dict)
+    variant: ResolvedVariant | None = None
+    task: Task | None = None
+    source: Source | None = None
+
+    @property
+    def is_external(self) -> bool:
+        """Whether its files lie outside the store and stay there: a model that needs no conversion."""
+        return self.source is not None and self.source.gguf is None
+
+    @cached_property
+    def key(self) -> str:
+        """sha256 of kind, numerics version, packages, device kind, sections and the keys of the inputs."""
+        parts = {
+            "kind": self.kind,
+            "numerics": versions()[self.kind],
+            "packages": package_versions(PACKAGES[self.kind]),
+            "device": device_kind(),
+            "sections": self.sections,
+            "inputs": {role: stage.key for role, stage in self.inputs.items()},
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages in the order in which they are made, and where the weights come from."""
+
+    suite: Suite
+    source: Source
+    variants: tuple[ResolvedVariant, ...]
+    stages: tuple[Stage, ...]
+    checkpoint_of: dict[str, Stage]
+
+    @property
+    def digest(self) -> str:
+        """Identity of everything that the plan produces, and of the names it produces it under."""
+        rows = [[s.variant.name if s.variant else None, s.key] for s in self.stages]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
+
+
+def make_plan(suite: Suite, store: Store, *, only: tuple[str, ...] = ()) -> Plan:
+    """Stages for the variants of `suite`, or for those named in `only`; SuiteError for a name that is not there."""
+    names = [variant.name for variant in suite.variants]
+    for name in only:
+        if name not in names:
+            raise SuiteError(f"{suite.path}: --only {name}: no such variant. Known: {', '.join(names)}")
+    variants = tuple(variant for variant in suite.variants if not only or variant.name in only)
+    source = resolve_model(suite.model, store)
+    checkpoints = {v.name: checkpoint_source(v.path, store) for v in variants if v.path is not None}
+    builder = _Builder(suite, source, checkpoints)
+    checkpoint_of = {variant.name: builder.add(variant) for variant in variants}
+    return Plan(suite, source, variants, tuple(builder.stages.values()), checkpoint_of)
+
+
+class _Builder:
+    """Collects stages; equal stages of two variants become one."""
+
+    def __init__(self, suite: Suite, source: Source, checkpoints: dict[str, Source]) -> None:
+        self.suite, self.source, self.checkpoints = suite, source, checkpoints
+        self.stages: dict[tuple[str, str | None], Stage] = {}
+        self.model = self._add(Stage("model", "model", {"fingerprint": source.fingerprint}, source=source))
+
+    def add(self, variant: ResolvedVariant) -> Stage:
+        """Add what makes and measures a variant; returns the stage that makes its checkpoint."""
+        checkpoint = self._checkpoint(variant)
+        self._measure(variant, checkpoint)
+        return checkpoint
+
+    def _checkpoint(self, variant: ResolvedVariant) -> Stage:
+        if variant.method == "bf16":
+            return self.model
+        if variant.method == "checkpoint":
+            source = self.checkpoints[variant.name]
+            sections = {"fingerprint": source.fingerprint}
+            return self._add(Stage("model", f"{variant.name}: checkpoint", sections, variant=variant, source=source))
+        assert variant.quantization is not None
+        start = self._quantized(variant, variant.quantization)
+        if not variant.is_trained:
+            return start
+        assert variant.training is not None and variant.data is not None
+        return self._add(
+            Stage(
+                "train",
+                f"{variant.name}: train",
+                {
+                    "training": variant.training.model_dump(exclude={"seeds"}),
+                    "quantization": _without_calibration(variant.quantization),
+                    "objective": "ce" if variant.method == "qat" else "kl",
+                },
+                {"model": self.model, "calibration": start.inputs["calibration"], "start": start, "data": self._data(variant.data)},
+                variant=variant,
+            )
+        )
+
+    def _quantized(self, variant: ResolvedVariant, quantization: Quantization) -> Stage:
+        calibration = quantization.calibration
+        text = self._data(calibration.data)
+        recipe = quantization.model_dump(include=set(_ABOUT_RECIPE))
+        record = self._add(
+            Stage("calibrate", "calibrate", {"recipe": recipe, "samples": calibration.samples}, {"model": self.model, "data": text}, variant=variant)
+        )
+        sections = {"quantization": _without_calibration(quantization), "max_saturated": calibration.max_saturated}
+        inputs = {"model": self.model, "calibration": record, "data": text}
+        return self._add(Stage("quantize", "quantize", sections, inputs, variant=variant))
+
+    def _data(self, name: str) -> Stage:
+        section = self.suite.data[name].model_dump()
+        sections = {"data": section, "text": data.builtin_fingerprint()}
+        return self._add(Stage("data", f"data {name}", sections, {"model": self.model}))
+
+    def _measure(self, variant: ResolvedVariant, checkpoint: Stage) -> None:
+        for task in self.suite.tasks:
+            sections = {"task": task.model_dump(), "files": _task_fingerprint(), "engine": self.suite.engine.model_dump()}
+            inputs = {"checkpoint": checkpoint}
+            self._add(Stage("evaluate", f"{variant.name}: {task.name}", sections, inputs, variant=variant, task=task))
+        if self.suite.diagnostics is not None:
+            sections = {"samples": self.suite.diagnostics.samples}
+            inputs = {"checkpoint": checkpoint, "model": self.model, "data": self._data(self.suite.diagnostics.data)}
+            self._add(Stage("diagnostics", f"{variant.name}: diagnostics", sections, inputs, variant=variant))
+
+    def _add(self, stage: Stage) -> Stage:
+        """Keep the stage, or return the equal one that is there; rows of a table belong to one variant each."""
+        owner = stage.variant.name if stage.variant is not None and stage.kind in ("evaluate", "diagnostics") else None
+        return self.stages.setdefault((stage.key, owner), stage)
+
+
+def _without_calibration(quantization: Quantization) -> dict[str, Any]:
+    """[quantization] with the one key of its calibration that acts after calibration."""
+    return {**quantization.model_dump(exclude={"calibration"}), "headroom": quantization.calibration.headroom}
+
+
+def _task_fingerprint() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(TASKS_FOLDER.glob("*.*")):
+        if path.suffix in (".py", ".yaml"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,92 @@
+"""What a result came from: packages, revision, machine. Found without importing torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = {
+    "model": ("torch", "transformers", "gguf"),
+    "data": ("transformers", "tokenizers"),
+    "calibrate": ("torch", "transformers"),
+    "quantize": ("torch", "transformers"),
+    "train": ("torch", "transformers"),
+    "evaluate": ("torch", "transformers", "lm-eval"),
+    "diagnostics": ("torch", "transformers"),
+}
+"""The packages whose versions can change the result of a stage, by its kind."""
+RECORDED = ("qad-harness", "torch", "transformers", "tokenizers", "lm-eval", "datasets", "numba", "safetensors", "gguf", "accelerate")
+
+
+def package_versions(names: tuple[str, ...]) -> dict[str, str | None]:
+    """Installed versions; None for a package that is not there."""
+    return {name: _version(name) for name in names}
+
+
+@cache
+def device_kind() -> str:
+    """What computes: "cpu-<machine>", or the name of the first CUDA GPU that torch will see."""
+    gpu = gpu_name()
+    torch_version = _version("torch") or ""
+    if gpu is None or torch_version.endswith("+cpu") or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return f"cpu-{platform.machine()}"
+    return gpu
+
+
+def gpu_name() -> str | None:
+    """The model of the first NVIDIA GPU by its driver's word, or None."""
+    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        for line in path.read_text().splitlines():
+            if line.startswith("Model:"):
+                return line.removeprefix("Model:").strip()
+    return None
+
+
+def provenance() -> dict[str, Any]:
+    """Everything about the surroundings that travels with a result."""
+    return {
+        "packages": package_versions(RECORDED),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device_kind(),
+        "cpu": _cpu_model(),
+        "n_cpus": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "git": _git(),
+    }
+
+
+@cache
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
+def _git() -> dict[str, Any] | None:
+    """Revision and dirtiness of the harness' own checkout; None where it is installed without one."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def ask(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"revision": ask("rev-parse", "HEAD"), "is_dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,115 @@
+"""The result records of a run, with a schema version on each, and the folder that holds them.
+
+    <results>/<suite>/<run id>/
+        run.json                       what was asked, resolved; provenance; stages and their keys
+        tasks.jsonl                    a row a (variant, task, metric)
+        diagnostics.jsonl              a row a variant
+        diagnostics_sequences.jsonl    a row a (variant, sequence): what paired differences need
+        training/<variant>.jsonl       a row a step
+        samples/<variant>.<task>.jsonl.zst
+        table.md, table.csv, table.json
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from harness.errors import StoreError
+from harness.store import StoredStage, disk_errors, write_json, write_text
+
+SCHEMA = 1
+MARKER = "harness-results.json"
+
+
+def open_results(folder: Path) -> Path:
+    """The results folder, made if it is missing or empty; StoreError if it is something else's."""
+    with disk_errors(f"the results folder {folder}"):
+        if folder.exists() and not folder.is_dir():
+            raise StoreError(f"--results {folder}: is a file; give a folder")
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+            raise StoreError(f"--results {folder}: not empty and not a results folder of this harness (it has no {MARKER}); give another")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / MARKER).is_file():
+            write_json(folder / MARKER, {"schema": SCHEMA, "what": "results of qad-harness; journals/ holds paid-for responses"})
+    return folder
+
+
+def open_run(results: Path, suite: str, digest: str) -> Path:
+    """The folder of the run with this plan: the one that exists, or a new one named by time and plan."""
+    for path in sorted((results / suite).glob("*/run.json"), reverse=True):
+        if read_json(path).get("plan") == digest:
+            return path.parent
+    folder = results / suite / f"{time.strftime('%Y%m%d-%H%M%S')}-{digest[:8]}"
+    with disk_errors(f"the results folder {results}"):
+        folder.mkdir(parents=True)
+    return folder
+
+
+def is_complete(run: Path) -> bool:
+    """Whether the run folder has a record of all its stages."""
+    return (run / "run.json").is_file() and read_json(run / "run.json")["status"] == "complete"
+
+
+def write_rows(folder: Path, stages: list[tuple[Any, StoredStage]]) -> None:
+    """Write the row files and samples of a run from its finished stages, given as (planned stage, stored stage)."""
+    tasks, diagnostics, sequences = [], [], []
+    with disk_errors(f"the run folder {folder}"):
+        for stage, stored in stages:
+            if stage.kind == "evaluate":
+                tasks += _task_rows(stage, read_json(stored.folder / "result.json"))
+                _copy(stored.folder / "samples.jsonl.zst", folder / "samples" / f"{stage.variant.name}.{stage.task.name}.jsonl.zst")
+            elif stage.kind == "diagnostics":
+                result = read_json(stored.folder / "result.json")
+                diagnostics.append({"schema": SCHEMA, "variant": stage.variant.name, **result})
+                rows = read_lines(stored.folder / "sequences.jsonl")
+                sequences += [{"schema": SCHEMA, "variant": stage.variant.name, **row} for row in rows]
+            elif stage.kind == "train":
+                _copy(stored.folder / "training.jsonl", folder / "training" / f"{stage.variant.name}.jsonl")
+        for name, rows in (("tasks", tasks), ("diagnostics", diagnostics), ("diagnostics_sequences", sequences)):
+            write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; StoreError that names the file if it is missing, cut short or of another schema."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(value, dict):
+        raise StoreError(f"{path}: not a JSON object")
+    if "schema" in value and value["schema"] != SCHEMA:
+        raise StoreError(f"{path}: schema {value['schema']}, this version reads {SCHEMA}; use the version that wrote it")
+    return value
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines; StoreError that names file and line if one is damaged."""
+    rows = []
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise StoreError(f"{path}: line {number} is damaged ({error})") from error
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
+    return rows
+
+
+def _task_rows(stage: Any, result: dict[str, Any]) -> list[dict[str, Any]]:
+    shared = {key: result[key] for key in ("primary", "incomplete_rate", "kernels", "is_partial", "version")}
+    return [
+        {"schema": SCHEMA, "variant": stage.variant.name, "task": stage.task.name, "metric": metric, **values, **shared}
+        for metric, values in result["metrics"].items()
+    ]
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    partial = target.with_name(f".{target.name}")
+    shutil.copyfile(source, partial)
+    partial.replace(target)

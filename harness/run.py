@@ -1,0 +1,142 @@
+"""The main job: load the suite, plan the stages, do each one that the store lacks, write the tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from harness.plan import Plan, Stage, make_plan
+from harness.progress import Reporter
+from harness.provenance import provenance
+from harness.records import SCHEMA, is_complete, open_results, open_run, write_rows
+from harness.store import Store, StoredStage, cache_folder, disk_errors, write_json, write_text
+from harness.suite import load_suite
+from harness.tables import build_grid, build_table, render, rich_table
+
+
+def run_suite(path: Path, results: Path, only: tuple[str, ...], reporter: Reporter) -> None:
+    """Run the suite at `path`: what is stored is found again, everything else is made and recorded."""
+    suite = load_suite(path)
+    store = Store(cache_folder())
+    plan = make_plan(suite, store, only=only)
+    results = open_results(results)
+    folder = open_run(results, suite.name, plan.digest)
+    pending = [stage for stage in plan.stages if not is_done(stage, store)]
+    if pending:
+        _do(plan, store, results, folder, reporter)
+    else:
+        reporter.say(f"{suite.name}: nothing to do, all {len(plan.stages)} stages are stored")
+    if pending or not is_complete(folder):
+        _write(plan, store, folder)
+    _show(folder, reporter)
+    reporter.say(f"Results: {folder}")
+
+
+def is_done(stage: Stage, store: Store) -> bool:
+    """Whether nothing is left to do for `stage`."""
+    return stage.is_external or find_done(stage, store) is not None
+
+
+def find_done(stage: Stage, store: Store) -> StoredStage | None:
+    """The stored result of `stage`, if its inputs are still what they were when it was made."""
+    found = store.find(stage.key)
+    return found if found is not None and found.record["inputs"] == _input_digests(stage, store) else None
+
+
+def _do(plan: Plan, store: Store, results: Path, folder: Path, reporter: Reporter) -> None:
+    n_pending = sum(not is_done(stage, store) for stage in plan.stages)
+    reporter.say(f"{plan.suite.name}: {n_pending} of {len(plan.stages)} stages to do")
+    for note in plan.source.notes:
+        reporter.say(f"  {note}")
+    from harness.stages import Workbench
+
+    bench = Workbench(plan, store, results / "journals", reporter)
+    has_table = False
+    for stage in plan.stages:
+        if is_done(stage, store):
+            continue
+        if stage.kind == "train" and not has_table:
+            _write(plan, store, folder)
+            _show(folder, reporter)
+            has_table = True
+        began = time.monotonic()
+        record: dict[str, Any] = {"kind": stage.kind, "label": stage.label, "sections": stage.sections, "inputs": _input_digests(stage, store)}
+        with store.writing(stage.key, record) as stage_folder:
+            record["result"] = bench.run(stage, stage_folder)
+            record |= {"seconds": time.monotonic() - began, "peak_memory_bytes": _peak_memory(), "provenance": provenance()}
+
+
+def _input_digests(stage: Stage, store: Store) -> dict[str, str | None]:
+    return {role: _digest(given, store) for role, given in stage.inputs.items()}
+
+
+def _digest(stage: Stage, store: Store) -> str | None:
+    if stage.is_external and stage.source is not None:
+        return stage.source.fingerprint
+    found = store.find(stage.key)
+    return None if found is None else found.digest
+
+
+def _write(plan: Plan, store: Store, folder: Path) -> None:
+    """Bring the run folder up to what is done."""
+    done = [(stage, found) for stage in plan.stages if (found := find_done(stage, store)) is not None]
+    write_rows(folder, done)
+    with disk_errors(f"the run folder {folder}"):
+        write_json(folder / "run.json", _about(plan, store, done, folder))
+        table = build_table(folder)
+        write_json(folder / "table.json", table)
+        for style in ("md", "csv"):
+            write_text(folder / f"table.{style}", render(table, style))
+
+
+def _about(plan: Plan, store: Store, done: list[tuple[Stage, StoredStage]], folder: Path) -> dict[str, Any]:
+    """The content of run.json."""
+    suite = plan.suite
+    return {
+        "schema": SCHEMA,
+        "suite": suite.name,
+        "run": folder.name,
+        "plan": plan.digest,
+        "status": "complete" if all(is_done(stage, store) for stage in plan.stages) else "unfinished",
+        "model": {"path": suite.model.path, "origin": plan.source.origin, "fingerprint": plan.source.fingerprint, "notes": list(plan.source.notes)},
+        "resolved": {
+            "model": suite.model.model_dump(),
+            "data": {name: section.model_dump() for name, section in suite.data.items()},
+            "tasks": [task.model_dump() for task in suite.tasks],
+            "engine": suite.engine.model_dump(),
+            "diagnostics": suite.diagnostics.model_dump() if suite.diagnostics else None,
+        },
+        "variants": [_variant_record(plan, variant, done) for variant in plan.variants],
+        "stages": [
+            {"kind": s.kind, "label": s.label, "key": s.key, "digest": f.digest, **{k: f.record[k] for k in ("inputs", "seconds", "peak_memory_bytes", "provenance")}}
+            for s, f in done
+        ],
+        "provenance": provenance(),
+    }
+
+
+def _variant_record(plan: Plan, variant: Any, done: list[tuple[Stage, StoredStage]]) -> dict[str, Any]:
+    """A variant with its settings and what is known of its checkpoint."""
+    settings = dataclasses.asdict(variant)
+    for name in ("quantization", "training"):
+        section = getattr(variant, name)
+        settings[name] = section.model_dump() if section else None
+    checkpoint = plan.checkpoint_of[variant.name]
+    found = next((stored for stage, stored in done if stage.key == checkpoint.key), None)
+    return settings | (found.record["result"] if found else {})
+
+
+def _show(folder: Path, reporter: Reporter) -> None:
+    grid = build_grid(build_table(folder))
+    reporter.console.print(rich_table(grid))
+    for note in grid.notes:
+        reporter.say(f"- {note}")
+
+
+def _peak_memory() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,329 @@
+"""What each kind of stage does. Effects live here; the order of stages is in `plan.py`, their storage in `store.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import zstandard
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from harness import data, evaluate, loading
+from harness.data import Sequence
+from harness.engines.hf import HfEngine
+from harness.errors import DataError, HarnessError
+from harness.models import download
+from harness.plan import Plan, Stage
+from harness.progress import Reporter
+from harness.store import Store, write_json, write_text
+from harness.suite import Quantization
+from qad import divergence
+from qad.calibrate import calibrate, counting_blocks, require_unsaturated
+from qad.checkpoint import Loaded, bits_per_weight, checkpoint_bytes, write_checkpoint
+from qad.distill import Batch, Optimization, Step, Training, train
+from qad.modules import encoding_digest, quantize_model
+from qad.recipe import Recipe, match
+
+FORWARD_TOKENS = 2048
+"""Tokens of a forward pass without gradient, for calibration and diagnostics."""
+TEACHER_MEMORY_BYTES = 1 << 30
+"""Final hidden states of the teacher on the diagnostics text are kept for the next variant up to this size."""
+
+
+class Workbench:
+    """Runs stages. Keeps the BF16 model and the last candidate in memory, since neighbours in a plan share them."""
+
+    def __init__(self, plan: Plan, store: Store, journals: Path, reporter: Reporter) -> None:
+        self.plan, self.store, self.journals, self.reporter = plan, store, journals, reporter
+        self._loaded: dict[str, Loaded] = {}
+        self._teacher_hidden: dict[str, list[Tensor]] = {}
+        loading.prepare_libraries()
+
+    def run(self, stage: Stage, folder: Path) -> dict[str, Any]:
+        """Do the work of `stage` into `folder`; returns what its record says beside keys and digests."""
+        work = {
+            "model": self._model,
+            "data": self._data,
+            "calibrate": self._calibrate,
+            "quantize": self._quantize,
+            "train": self._train,
+            "evaluate": self._evaluate,
+            "diagnostics": self._diagnostics,
+        }
+        return work[stage.kind](stage, folder)
+
+    def folder_of(self, stage: Stage) -> Path:
+        """Where the files of a stage are that is done, or that needs nothing done."""
+        if stage.is_external:
+            assert stage.source is not None
+            return stage.source.folder or download(self.plan.suite.model)
+        found = self.store.find(stage.key)
+        assert found is not None, f"{stage.label} is used before it is done"
+        return found.folder
+
+    def _model(self, stage: Stage, folder: Path) -> dict[str, Any]:
+        assert stage.source is not None and stage.source.folder is not None and stage.source.gguf is not None
+        with self.reporter.track(f"model: read {stage.source.gguf} (about half a minute)"):
+            loading.convert_gguf(stage.source.folder, stage.source.gguf, folder)
+        return _checkpoint_record(folder) | {"notes": list(stage.source.notes)}
+
+    def _data(self, stage: Stage, folder: Path) -> dict[str, Any]:
+        section = stage.sections["data"]
+        model_folder = self.folder_of(stage.inputs["model"])
+        tokenizer = loading.load_tokenizer(model_folder)
+        with self.reporter.track(stage.label):
+            ids = loading.eos_ids(self._load(stage.inputs["model"]).model.config, tokenizer)
+            splits = data.builtin_sequences(tokenizer, seq_len=section["seq_len"], seed=section["seed"], eos_ids=ids)
+        save_file({f"{name}.{part}": tensor for name, sequences in splits.items() for part, tensor in _as_tensors(sequences).items()}, folder / "sequences.safetensors")
+        counts = {
+            name: {"sequences": len(s), "tokens": sum(map(len, s)), "response_tokens": sum(sum(q.is_response) for q in s)}
+            for name, s in splits.items()
+        }
+        return {"splits": counts}
+
+    def _calibrate(self, stage: Stage, folder: Path) -> dict[str, Any]:
+        sequences = self._sequences(stage.inputs["data"], "calibration", stage.sections["samples"])
+        batches = [_inputs(batch) for batch in _batches(sequences)]
+        with self.reporter.track(stage.label) as advance:
+            amax = calibrate(self._load(stage.inputs["model"]).model, _recipe(_quantization(stage)), _ticking(batches, advance))
+        write_json(folder / "input_amax.json", amax)
+        return {"n_sequences": len(sequences), "n_tokens": sum(map(len, sequences))}
+
+    def _quantize(self, stage: Stage, folder: Path) -> dict[str, Any]:
+        quantization = _quantization(stage)
+        student, targets = self._fresh_student(stage)
+        record: dict[str, Any] = {"start_digest": encoding_digest(student["modules"]), "quantized": list(targets.members), "excluded": list(targets.excluded)}
+        with self.reporter.track(stage.label) as advance:
+            batches = _batches(self._sequences(stage.inputs["data"], "validation", None))
+            with counting_blocks(student["model"]) as counts:
+                for _ in divergence.final_hidden(student["model"], _ticking(batches, advance)):
+                    pass
+            require_unsaturated(counts, quantization.calibration.max_saturated)
+        record["validation_blocks"] = dataclasses.asdict(counts)
+        return record | self._export(stage, folder, student["model"], targets)
+
+    def _train(self, stage: Stage, folder: Path) -> dict[str, Any]:
+        assert stage.variant is not None and stage.variant.training is not None
+        settings = stage.variant.training
+        start = self.store.find(stage.inputs["start"].key)
+        assert start is not None
+        batches, budget = self._training_batches(stage)
+        student, targets = self._fresh_student(stage)
+        optimization = Optimization(
+            lr=settings.lr, schedule=settings.schedule, warmup_steps=settings.warmup_steps, clip_norm=settings.clip_norm
+        )
+        teacher = self._load(stage.inputs["model"]).model if stage.sections["objective"] == "kl" else None
+        with self.reporter.track(f"{stage.label} ({budget['tokens']:,} tokens)") as advance:
+
+            def report(step: Step) -> None:
+                advance(step.step + 1, len(batches), f"loss {step.loss:.3f}")
+
+            torch.manual_seed(settings.seed)
+            done = train(student["model"], teacher, batches, optimization, on_step=report)
+        if done.start_digest != start.record["start_digest"]:
+            raise HarnessError(f"{stage.label}: step 0 does not encode to the PTQ checkpoint; delete the cache and report this")
+        write_text(folder / "training.jsonl", "".join(json.dumps(dataclasses.asdict(step)) + "\n" for step in done.steps))
+        record = {"budget": budget, **_training_summary(done), "quantized": list(targets.members), "excluded": list(targets.excluded)}
+        return record | self._export(stage, folder, student["model"], targets)
+
+    def _evaluate(self, stage: Stage, folder: Path) -> dict[str, Any]:
+        assert stage.task is not None
+        checkpoint = stage.inputs["checkpoint"]
+        engine_section = self.plan.suite.engine
+        loaded = self._load(checkpoint)
+        tokenizer = loading.load_tokenizer(self.folder_of(checkpoint))
+        engine = HfEngine(loaded, tokenizer, eos_ids=loading.eos_ids(loaded.model.config, tokenizer), args=engine_section.args)
+        began = time.monotonic()
+        with self.reporter.track(stage.label) as advance:
+            found = evaluate.evaluate_task(
+                stage.task.name,
+                engine,
+                weights=self._weights(checkpoint),
+                journals=self.journals,
+                limit=stage.task.limit,
+                on_progress=lambda done, total: advance(done, total, ""),
+            )
+        write_samples(folder / "samples.jsonl.zst", found.samples)
+        write_json(folder / "result.json", found.result)
+        return {"seconds_answering": time.monotonic() - began, "backend": loaded.backend}
+
+    def _diagnostics(self, stage: Stage, folder: Path) -> dict[str, Any]:
+        teacher_stage, checkpoint = stage.inputs["model"], stage.inputs["checkpoint"]
+        batches = _batches(self._sequences(stage.inputs["data"], "diagnostics", stage.sections["samples"]))
+        teacher, candidate = self._load(teacher_stage), self._load(checkpoint)
+        passes = 1 if teacher_stage.key in self._teacher_hidden else 2
+        total = len(batches) * (1 if candidate is teacher else passes)
+        with self.reporter.track(stage.label) as advance:
+            done = 0
+
+            def tick() -> None:
+                nonlocal done
+                done += 1
+                advance(done, total, "")
+
+            teacher_hidden = self._teacher_states(teacher_stage, teacher, batches, tick)
+            is_teacher = candidate is teacher
+            hidden = teacher_hidden if is_teacher else divergence.final_hidden(candidate.model, batches, tick)
+            heads = [loaded.model.get_output_embeddings().weight for loaded in (candidate, teacher)]
+            with counting_blocks(candidate.model) as counts:
+                response, everything = divergence.measure(hidden, heads[0], teacher_hidden, heads[1], batches)
+        result = {
+            "response": dataclasses.asdict(divergence.summarize(response)),
+            "all": dataclasses.asdict(divergence.summarize(everything)),
+            "kernels": candidate.kernels,
+            "saturated_share": counts.saturated / counts.total if counts.total else None,
+            "subnormal_share": counts.subnormal / counts.total if counts.total else None,
+        }
+        write_json(folder / "result.json", result)
+        rows = [
+            {"sequence": i, "kl_sum": math.fsum(r.kl), "n_tokens": r.n_tokens, "ce_sum": r.ce_sum, "top1_sum": r.top1_sum}
+            for i, r in enumerate(response)
+        ]
+        write_text(folder / "sequences.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        return {"n_sequences": len(rows)}
+
+    def _fresh_student(self, stage: Stage) -> tuple[dict[str, Any], Any]:
+        """A copy of the BF16 model, quantized as PTQ is."""
+        quantization = _quantization(stage)
+        recipe = _recipe(quantization)
+        model = loading.load_model(self.folder_of(stage.inputs["model"])).model
+        targets = match(model, recipe)
+        amax = json.loads((self.folder_of(stage.inputs["calibration"]) / "input_amax.json").read_text())
+        return {"modules": quantize_model(model, recipe, amax if recipe.activations else None), "model": model}, targets
+
+    def _export(self, stage: Stage, folder: Path, student: Any, targets: Any) -> dict[str, Any]:
+        """Write the checkpoint, load it back, and hold its logits against those of the model in memory, bit for bit."""
+        companions = self.folder_of(stage.inputs["model"])
+        write_checkpoint(folder, student, targets=targets, companions=companions, metadata={"harness_stage": stage.key})
+        loaded = loading.load_model(folder)
+        batch = _inputs(_batches(self._sequences(stage.inputs["data"], "validation", 4))[0])
+        with torch.inference_mode():
+            expected, found = student.eval()(**batch, use_cache=False).logits, loaded.model(**batch, use_cache=False).logits
+        if not torch.equal(expected, found):
+            difference = float((expected.float() - found.float()).abs().max())
+            raise HarnessError(f"{stage.label}: the exported checkpoint does not reproduce the model in memory (logits differ by up to {difference:g}); report this")
+        return _checkpoint_record(folder) | {"load_back": "identical logits"}
+
+    def _training_batches(self, stage: Stage) -> tuple[list[Batch], dict[str, Any]]:
+        assert stage.variant is not None and stage.variant.training is not None
+        settings = stage.variant.training
+        sequences = self._sequences(stage.inputs["data"], "train", None)
+        order, epochs = data.training_order(sequences, tokens=settings.tokens, epochs=settings.epochs, seed=settings.seed)
+        chosen = [sequences[i] for i in order]
+        if settings.loss_on == "all":
+            chosen = [Sequence(s.token_ids, (True,) * len(s)) for s in chosen]
+        batches = [_batch(chosen[i : i + settings.batch_size]) for i in range(0, len(chosen), settings.batch_size)]
+        if epochs > 1:
+            self.reporter.say(f"  {stage.label}: the budget reads the training data {epochs} times")
+        tokens = sum(batch.n_tokens for batch in batches)
+        loss_tokens = sum(int(batch.loss_mask[:, 1:].sum()) for batch in batches)
+        return batches, {"tokens": tokens, "loss_tokens": loss_tokens, "steps": len(batches), "epochs_read": epochs, "lr": settings.lr}
+
+    def _teacher_states(self, stage: Stage, teacher: Loaded, batches: list[Batch], tick: Any) -> list[Tensor]:
+        found = self._teacher_hidden.get(stage.key)
+        if found is None:
+            found = list(divergence.final_hidden(teacher.model, batches, tick))
+            if sum(tensor.numel() * tensor.element_size() for tensor in found) <= TEACHER_MEMORY_BYTES:
+                self._teacher_hidden = {stage.key: found}
+        return found
+
+    def _load(self, stage: Stage) -> Loaded:
+        """The checkpoint of a stage, from disk; the BF16 model and one other stay in memory."""
+        bf16 = next(s.key for s in self.plan.stages if s.kind == "model")
+        if stage.key not in self._loaded:
+            self._loaded = {key: loaded for key, loaded in self._loaded.items() if key == bf16}
+            self._loaded[stage.key] = loading.load_model(self.folder_of(stage))
+        return self._loaded[stage.key]
+
+    def _weights(self, stage: Stage) -> str:
+        """Fingerprint of the weights that a stage serves."""
+        if stage.is_external:
+            assert stage.source is not None
+            return stage.source.fingerprint.replace(":", "-").replace("/", "-")
+        found = self.store.find(stage.key)
+        assert found is not None
+        return found.digest
+
+    def _sequences(self, stage: Stage, split: str, count: int | None) -> list[Sequence]:
+        tensors = load_file(self.folder_of(stage) / "sequences.safetensors")
+        lengths = tensors[f"{split}.lengths"].tolist()
+        if count is not None and count > len(lengths):
+            raise DataError(f"{stage.label}: the {split} split has {len(lengths)} sequences, {count} are asked for; lower samples or add data")
+        ids, mask = tensors[f"{split}.token_ids"].tolist(), tensors[f"{split}.is_response"].tolist()
+        rows = [Sequence(tuple(ids[i][:n]), tuple(map(bool, mask[i][:n]))) for i, n in enumerate(lengths)]
+        return rows if count is None else rows[:count]
+
+
+def write_samples(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Sample rows as zstd-compressed JSON lines."""
+    text = "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows)
+    path.write_bytes(zstandard.compress(text.encode()))
+
+
+def _quantization(stage: Stage) -> Quantization:
+    assert stage.variant is not None and stage.variant.quantization is not None
+    return stage.variant.quantization
+
+
+def _recipe(quantization: Quantization) -> Recipe:
+    return Recipe(
+        activations=quantization.activations,
+        exclude=quantization.exclude,
+        power_of_two=quantization.tensor_scale == "power_of_two",
+        headroom=quantization.calibration.headroom,
+    )
+
+
+def _checkpoint_record(folder: Path) -> dict[str, Any]:
+    return {"checkpoint_bytes": checkpoint_bytes(folder), "bits_per_weight": bits_per_weight(folder)}
+
+
+def _training_summary(done: Training) -> dict[str, Any]:
+    return {
+        "start_digest": done.start_digest,
+        "codes_changed": done.codes_changed,
+        "block_scales_changed": done.block_scales_changed,
+        "first_loss": done.steps[0].loss,
+        "last_loss": done.steps[-1].loss,
+        "saturated_weight_blocks": done.steps[-1].saturated_weight_blocks,
+    }
+
+
+def _as_tensors(sequences: list[Sequence]) -> dict[str, Tensor]:
+    width = max(map(len, sequences), default=0)
+    ids = torch.zeros(len(sequences), width, dtype=torch.int32)
+    mask = torch.zeros(len(sequences), width, dtype=torch.uint8)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence.token_ids)
+        mask[row, : len(sequence)] = torch.tensor(sequence.is_response)
+    return {"token_ids": ids, "is_response": mask, "lengths": torch.tensor([len(s) for s in sequences], dtype=torch.int32)}
+
+
+def _batch(sequences: list[Sequence]) -> Batch:
+    tensors = _as_tensors(sequences)
+    positions = torch.arange(tensors["token_ids"].shape[1])
+    attention = (positions < tensors["lengths"][:, None]).long()
+    return Batch(tensors["token_ids"].long(), attention, tensors["is_response"].bool())
+
+
+def _batches(sequences: list[Sequence]) -> list[Batch]:
+    longest = max(map(len, sequences), default=1)
+    size = max(1, FORWARD_TOKENS // longest)
+    return [_batch(sequences[i : i + size]) for i in range(0, len(sequences), size)]
+
+
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+
+
+def _ticking(batches: list[Any], advance: Any) -> Any:
+    for index, batch in enumerate(batches):
+        advance(index, len(batches), "")
+        yield batch
+    advance(len(batches), len(batches), "")

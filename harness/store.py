@@ -1,0 +1,168 @@
+"""Finished stages on disk: atomic, content-addressed, verified on read. Nothing ever writes into a finished stage.
+
+    <cache>/stages/<key>/stage.json    what it was made of and the digests of its files
+    <cache>/stages/<key>/...           the files
+    <cache>/digests.json               file digests by path, size and time, so that nothing large is read twice
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.errors import StoreError
+
+SCHEMA = 1
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True)
+class StoredStage:
+    """A finished stage: its folder, its own record, and the digest of all its files."""
+
+    folder: Path
+    record: dict[str, Any]
+    digest: str
+
+
+def cache_folder() -> Path:
+    """HARNESS_CACHE, or the folder for caches of the user."""
+    given = os.environ.get("HARNESS_CACHE")
+    if given:
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "qad-harness"
+
+
+class Store:
+    """The stage cache at `root`; made when something is first written."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._digests_file = root / "digests.json"
+        self._digests = self._read_digests()
+
+    def find(self, key: str) -> StoredStage | None:
+        """The finished stage under `key`, or None if it is absent, damaged or of another schema version."""
+        folder = self._folder(key)
+        try:
+            record = json.loads((folder / "stage.json").read_text())
+        except (OSError, ValueError):
+            return None
+        if record.get("schema") != SCHEMA or record.get("key") != key:
+            return None
+        for name, digest in record["files"].items():
+            if not (folder / name).is_file() or self.file_digest(folder / name) != digest:
+                return None
+        return StoredStage(folder, record, record["digest"])
+
+    @contextlib.contextmanager
+    def writing(self, key: str, record: dict[str, Any]) -> Iterator[Path]:
+        """A folder to fill; it becomes the stage `key` when the block ends without an error, and vanishes otherwise.
+
+        `record` may be filled until then. Raises StoreError where the disk is full.
+        """
+        folder = self._folder(key)
+        partial = folder.with_name(f".partial-{key}-{os.getpid()}")
+        with disk_errors(f"the stage cache {self.root}"):
+            self._remove_abandoned()
+            partial.mkdir(parents=True)
+            try:
+                yield partial
+                files = {str(p.relative_to(partial)): self._sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+                digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+                whole = {"schema": SCHEMA, "key": key, **record, "files": files, "digest": digest}
+                write_json(partial / "stage.json", whole)
+                if folder.exists():
+                    shutil.rmtree(folder)
+                os.replace(partial, folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def file_digest(self, path: Path) -> str:
+        """sha256 of a file, remembered under its path, size and modification time."""
+        stat = path.stat()
+        known = self._digests.get(str(path))
+        if known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
+            return str(known[2])
+        digest = self._sha256(path)
+        self._digests[str(path)] = [stat.st_size, stat.st_mtime_ns, digest]
+        with contextlib.suppress(OSError):  # only a cache of digests: without it they are computed again
+            self.root.mkdir(parents=True, exist_ok=True)
+            write_json(self._digests_file, self._digests)
+        return digest
+
+    def _folder(self, key: str) -> Path:
+        return self.root / "stages" / key
+
+    def _remove_abandoned(self) -> None:
+        for partial in (self.root / "stages").glob(".partial-*"):
+            process = re.search(r"-(\d+)$", partial.name)
+            if process and not _is_alive(int(process.group(1))):
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _read_digests(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self._digests_file.read_text()))
+        except (OSError, ValueError):
+            return {}
+
+    @staticmethod
+    def _sha256(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn "no space left" and "not permitted" while `what` is written into a StoreError."""
+    try:
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else _errno_in(str(error))
+        if number in _DISK_FULL:
+            raise StoreError(f"{what}: the disk is full or a quota is reached; what was finished stays; make room and run again") from error
+        if isinstance(error, PermissionError):
+            raise StoreError(f"{what}: no permission to write {error.filename}; choose another folder") from error
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically: a reader sees the old file or the new one. NaN and unknown types raise."""
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _errno_in(message: str) -> int | None:
+    """The number in messages such as "I/O error: No space left on device (os error 28)" from compiled libraries."""
+    found = re.search(r"os error (\d+)", message)
+    return int(found.group(1)) if found else None
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

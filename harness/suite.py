@@ -1,0 +1,414 @@
+"""The suite: its TOML schema, its validation and its errors. The only TOML parser of the project.
+
+TOML is data here: closed keys, closed vocabularies, no includes, no expressions. All mistakes of a file are reported at
+once, each with the file, the key, what was found, what is allowed and the nearest legal spelling. What belongs to the
+format but is not built yet is refused with "not available in this version".
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from harness.errors import SuiteError
+
+TASKS_FOLDER = Path(__file__).parent / "tasks"
+
+NOT_AVAILABLE_KEYS = {
+    "gate": "release gates",
+    "reference": "published figures beside ours",
+    "quantization.block_scales": "frozen or learned block scales",
+    "quantization.kv_cache": "a quantized KV cache",
+    "quantization.layers": "per-layer formats",
+    "model.post_training": "defaults by post-training history",
+    "model.trust_remote_code": "remote code",
+    "training.optimizer": "a choice of optimizers",
+    "training.train": "training more, or less, than the quantized weights",
+    "training.loss": "other losses than CE and KL",
+    "training.select": "selection of a checkpoint",
+    "training.packing": "sequence packing",
+    "variant.teacher": "another teacher than the model itself",
+    "variant.loss": "other losses than CE and KL",
+    "task.repeats": "sampled repeats",
+    "task.sampling": "sampled repeats",
+    "task.temperature": "sampled repeats",
+    "task.path": "task files of your own",
+    "engine.kernels": "a choice of kernels",
+    "diagnostics.on": "diagnostics on answers",
+}
+NOT_AVAILABLE_VALUES = {
+    "model.kind": {"image-text": "vision-language models"},
+    "quantization.scale_rule": dict.fromkeys(("mse", "four_over_six", "gptq"), "other scale rules than amax"),
+    "quantization.layout": {"compressed-tensors": "the compressed-tensors layout"},
+    "data.source": dict.fromkeys(("hub", "jsonl", "teacher", "bos", "random_tokens"), "other sources than builtin"),
+    "training.schedule": {"cosine": "the cosine schedule"},
+    "engine.kind": {"vllm": "the vLLM engine", "server": "the server engine"},
+}
+"""Legal in the format, by section and key (and value), with what they will be."""
+
+
+class Section(BaseModel):
+    """A table of the suite: unknown keys and loose types are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Model(Section):
+    """`path`: a hub id (then `revision` is a commit), a folder, or `package:<python package>/<file.gguf>`."""
+
+    path: Annotated[str, Field(min_length=1)]
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    kind: Literal["text"] = "text"
+
+
+class Calibration(Section):
+    """`samples` sequences of `data` set the input scales; `headroom` multiplies the amax they show."""
+
+    data: str
+    samples: Positive = 32
+    headroom: PositiveFloat = 4.0
+    max_saturated: Annotated[float, Field(ge=0, le=1)] = 0.001
+
+
+class Quantization(Section):
+    """How every quantized variant is quantized."""
+
+    format: Literal["nvfp4"] = "nvfp4"
+    activations: bool = True
+    exclude: tuple[str, ...] = ("lm_head",)
+    scale_rule: Literal["amax"] = "amax"
+    tensor_scale: Literal["power_of_two", "amax"] = "power_of_two"
+    layout: Literal["modelopt"] = "modelopt"
+    calibration: Calibration
+
+
+class Data(Section):
+    """A source of text, cut to sequences of at most `seq_len` tokens and split by hash."""
+
+    source: Literal["builtin"]
+    seq_len: Annotated[int, Field(ge=32)] = 256
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Training(Section):
+    """The one budget that QAT and QAD share. `tokens` counts real tokens, padding excluded."""
+
+    tokens: Positive
+    batch_size: Positive
+    lr: PositiveFloat
+    loss_on: Literal["assistant", "all"]
+    schedule: Literal["linear", "constant"] = "linear"
+    warmup_steps: Annotated[int, Field(ge=0)] = 5
+    clip_norm: PositiveFloat = 1.0
+    epochs: Positive = 1
+    seed: Annotated[int, Field(ge=0)] = 0
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
+
+
+class Variant(Section):
+    """One row of the tables. `quantization` and `training` override single keys of the suite's own sections."""
+
+    name: Name
+    method: Literal["bf16", "ptq", "qat", "qad", "checkpoint"]
+    data: str | None = None
+    path: str | None = None
+    quantization: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+
+
+class Task(Section):
+    """A task by name. `limit` takes its first questions only and marks every row of it as partial."""
+
+    name: str
+    limit: Positive | None = None
+
+
+class Engine(Section):
+    """What answers the requests. `args` are passed on, keyed and recorded."""
+
+    kind: Literal["hf"]
+    args: dict[str, Any] = {}
+
+
+class Diagnostics(Section):
+    """KL and CE against BF16 on `samples` held-out sequences of `data`."""
+
+    data: str
+    samples: Annotated[int, Field(ge=2)] = 128
+
+
+class _File(Section):
+    schema_version: Annotated[Literal[1], Field(alias="schema")]
+    name: Name
+    model: Model
+    quantization: Quantization | None = None
+    data: dict[str, Data] = {}
+    training: Training | None = None
+    variant: Annotated[tuple[Variant, ...], Field(min_length=1)]
+    task: tuple[Task, ...] = ()
+    engine: Engine
+    diagnostics: Diagnostics | None = None
+
+
+@dataclass(frozen=True)
+class ResolvedVariant:
+    """A variant with its overrides applied. `training` is None unless it is trained."""
+
+    name: str
+    method: str
+    quantization: Quantization | None
+    training: Training | None
+    data: str | None
+    path: str | None
+
+    @property
+    def is_trained(self) -> bool:
+        return self.method in ("qat", "qad")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A validated suite. `variants` are in the order in which they are made: BF16, made elsewhere, PTQ, trained."""
+
+    path: Path
+    name: str
+    model: Model
+    data: dict[str, Data]
+    variants: tuple[ResolvedVariant, ...]
+    tasks: tuple[Task, ...]
+    engine: Engine
+    diagnostics: Diagnostics | None
+
+
+ENGINE_ARGS = {"hf": {"batch_size": int}}
+_METHOD_ORDER = ("bf16", "checkpoint", "ptq", "qad", "qat")
+
+
+def load_suite(path: Path) -> Suite:
+    """Parse and validate the suite at `path`; SuiteError with one line a mistake."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else "; give the path of a TOML file, such as suites/quickstart.toml"
+        raise SuiteError(f"{path}: there is no such suite{hint}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SuiteError(f"{path}: not TOML: {error}") from None
+    except OSError as error:
+        raise SuiteError(f"{path}: cannot be read: {error.strerror}; a suite is a TOML file") from None
+    return _Validation(path, raw).suite()
+
+
+def known_tasks() -> list[str]:
+    """Names of the tasks that come with the harness."""
+    return sorted(file.stem for file in TASKS_FOLDER.glob("*.yaml"))
+
+
+class _Validation:
+    """Collects every mistake of one file."""
+
+    def __init__(self, path: Path, raw: dict[str, Any]) -> None:
+        self.path = path
+        self.raw = raw
+        self.mistakes: list[str] = []
+
+    def suite(self) -> Suite:
+        file = self._parse(_File, self.raw, "")
+        if file is None:
+            self._check_names_raw()
+            raise SuiteError("\n".join(self.mistakes))
+        variants = self._variants(file)
+        self._check_tasks(file)
+        self._check_data_names(file, variants)
+        for key, value in file.engine.args.items():
+            known = ENGINE_ARGS[file.engine.kind]
+            if key not in known:
+                self._add(f"engine.args.{key}", "unknown key", near=(key, known))
+            elif type(value) is not known[key] or value <= 0:
+                self._add(f"engine.args.{key}", f"found {value!r}; allowed: a positive integer")
+        if self.mistakes:
+            raise SuiteError("\n".join(self.mistakes))
+        return Suite(
+            path=self.path,
+            name=file.name,
+            model=file.model,
+            data=file.data,
+            variants=tuple(sorted(variants, key=lambda v: _METHOD_ORDER.index(v.method))),
+            tasks=file.task,
+            engine=file.engine,
+            diagnostics=file.diagnostics,
+        )
+
+    def _variants(self, file: _File) -> list[ResolvedVariant]:
+        resolved: list[ResolvedVariant] = []
+        for index, variant in enumerate(file.variant):
+            where = f"variant[{index}]"
+            trained = variant.method in ("qat", "qad")
+            quantized = trained or variant.method == "ptq"
+            quantization = self._section(file, "quantization", Quantization, variant.quantization, where) if quantized else None
+            training = self._section(file, "training", Training, variant.training, where) if trained else None
+            if variant.method == "checkpoint" and variant.path is None:
+                self._add(f"{where}.path", 'missing; method = "checkpoint" needs the folder of the checkpoint')
+            for key, allowed in (("path", variant.method == "checkpoint"), ("data", trained), ("training", trained), ("quantization", quantized)):
+                if getattr(variant, key) and not allowed:
+                    self._add(f"{where}.{key}", f'has no effect with method = "{variant.method}"; remove it')
+            data = variant.data or (next(iter(file.data)) if len(file.data) == 1 else None)
+            if trained and data is None:
+                self._add(f"{where}.data", f"missing; say which of the data sets trains it: {_listed(file.data)}")
+            seeds = (training.seeds if training else None) or (None,)
+            for seed in seeds:
+                name = variant.name if seed is None else f"{variant.name}-seed{seed}"
+                own = training if training is None or seed is None else training.model_copy(update={"seed": seed, "seeds": None})
+                resolved.append(ResolvedVariant(name, variant.method, quantization, own, data if trained else None, variant.path))
+        for name in _repeated([variant.name for variant in resolved]):
+            self._add("variant", f'the name "{name}" is repeated; names of variants must differ')
+        if not any(variant.method == "bf16" for variant in resolved):
+            self._add("variant", 'no variant has method = "bf16"; the others are measured against it')
+        return resolved
+
+    def _section(self, file: _File, key: str, schema: type[Any], override: dict[str, Any], where: str) -> Any:
+        if getattr(file, key) is None:
+            self._add(key, f"missing; {where} needs it")
+            return None
+        if not override:
+            return getattr(file, key)
+        merged = {**self.raw[key], **override}
+        for inner in ("calibration",):
+            if isinstance(override.get(inner), dict) and isinstance(self.raw[key].get(inner), dict):
+                merged[inner] = {**self.raw[key][inner], **override[inner]}
+        return self._parse(schema, merged, f"{where}.{key}")
+
+    def _check_tasks(self, file: _File) -> None:
+        known = known_tasks()
+        for index, task in enumerate(file.task):
+            if task.name not in known:
+                self._add(f"task[{index}].name", f'unknown task "{task.name}"; lm-eval\'s own tasks are not available in this version', near=(task.name, known))
+        for name in _repeated([task.name for task in file.task]):
+            self._add("task", f'the name "{name}" is repeated; a task is asked once')
+        if not file.task and file.diagnostics is None:
+            self._add("task", "neither a task nor diagnostics: there is nothing to measure; add one")
+
+    def _check_data_names(self, file: _File, variants: list[ResolvedVariant]) -> None:
+        used = {"diagnostics.data": file.diagnostics.data if file.diagnostics else None}
+        for variant in variants:
+            used[f'variant "{variant.name}": data'] = variant.data
+            if variant.quantization:
+                used["quantization.calibration.data"] = variant.quantization.calibration.data
+        for key, name in used.items():
+            if name is not None and name not in file.data:
+                self._add(key, f'unknown data set "{name}"', near=(name, file.data))
+        for name in sorted(set(file.data) - set(used.values())):
+            self._add(f"data.{name}", "nothing uses it; remove it")
+        if file.quantization and not any(variant.quantization for variant in variants):
+            self._add("quantization", "has no effect: no variant is quantized here; remove it")
+        if file.training and not any(variant.training for variant in variants):
+            self._add("training", "has no effect: no variant is trained; remove it")
+
+    def _check_names_raw(self) -> None:
+        """Name checks that can be made although the file does not parse, so that one run shows all mistakes."""
+        for key in ("variant", "task"):
+            tables = self.raw.get(key)
+            names = [t.get("name") for t in tables if isinstance(t, dict)] if isinstance(tables, list) else []
+            for name in _repeated([n for n in names if isinstance(n, str)]):
+                self._add(key, f'the name "{name}" is repeated')
+            if key == "task":
+                for index, name in enumerate(names):
+                    if isinstance(name, str) and name not in known_tasks():
+                        self._add(f"task[{index}].name", f'unknown task "{name}"', near=(name, known_tasks()))
+
+    def _parse(self, schema: type[Any], raw: Any, where: str) -> Any:
+        try:
+            return schema.model_validate(_tuples(raw))
+        except ValidationError as error:
+            for problem in error.errors():
+                self._explain(schema, where, problem)
+            return None
+
+    def _explain(self, schema: type[Any], where: str, problem: Any) -> None:
+        key = _dotted(where, problem["loc"])
+        plain = re.sub(r"\[\d+\]", "", key)
+        plain = re.sub(r"^(variant\.)(quantization|training)\.", r"\2.", plain)
+        plain = re.sub(r"^data\.[^.]+\.", "data.", plain)
+        found, kind = problem["input"], problem["type"]
+        later = NOT_AVAILABLE_VALUES.get(plain, {}).get(found) if isinstance(found, str) else None
+        if kind == "extra_forbidden":
+            later = NOT_AVAILABLE_KEYS.get(plain)
+            known = _known_keys(schema, problem["loc"][:-1])
+            if later:
+                self._add(key, f"{later}: not available in this version; remove it")
+            else:
+                self._add(key, "unknown key", near=(str(problem["loc"][-1]), known))
+        elif later:
+            self._add(key, f'"{found}" ({later}): not available in this version; allowed: {problem["ctx"]["expected"]}')
+        elif kind == "missing":
+            self._add(key, "missing; it is required and has no default")
+        elif kind == "literal_error":
+            allowed = re.findall(r"'([^']*)'", problem["ctx"]["expected"]) or [problem["ctx"]["expected"]]
+            self._add(key, f"found {found!r}", near=(str(found), allowed), what="Allowed")
+        else:
+            hint = " (the commit, 40 hex digits: a branch or tag can move)" if plain == "model.revision" else ""
+            self._add(key, f"found {found!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}{hint}")
+
+    def _add(self, key: str, message: str, near: tuple[str, Any] | None = None, what: str = "Known") -> None:
+        if near is not None:
+            name, known = near
+            closest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+            message += f"; did you mean {closest[0]}?" if closest else "."
+            message += f" {what}: {_listed(known)}"
+        self.mistakes.append(f"{self.path}: {key}: {message}")
+
+
+def _tuples(value: Any) -> Any:
+    """TOML arrays as tuples, which is what the frozen schema holds."""
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return value
+
+
+def _dotted(where: str, loc: tuple[Any, ...]) -> str:
+    key = where
+    for part in loc:
+        key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else str(part)
+    return key or "the file"
+
+
+def _known_keys(schema: type[Any], loc: tuple[Any, ...]) -> list[str]:
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = schema.model_fields.get(part)
+        if field is None:
+            continue
+        schema = _section_type(field.annotation) or schema
+    return [field.alias or name for name, field in schema.model_fields.items()]
+
+
+def _section_type(annotation: Any) -> type[Any] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _section_type(argument)
+        if found:
+            return found
+    return None
+
+
+def _repeated(names: list[str]) -> list[str]:
+    return sorted({name for name in names if names.count(name) > 1})
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(names)) or "none"
