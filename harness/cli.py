@@ -61,7 +61,7 @@ def table(
     """Print the table of a run again."""
     import json
 
-    from harness.tables import build_grid, build_table, render, rich_table
+    from harness.tables import build_grid, build_table, print_grid, render
 
     data = build_table(run)
     if format is TableFormat.JSON:
@@ -69,9 +69,7 @@ def table(
     elif format is TableFormat.TERMINAL:
         from rich.console import Console
 
-        grid = build_grid(data)
-        Console().print(rich_table(grid))
-        print(*(f"- {note}" for note in grid.notes), sep="\n")
+        print_grid(build_grid(data), Console())
     else:
         print(render(data, format.value), end="")
 

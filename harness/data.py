@@ -197,7 +197,7 @@ def _apply(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_pro
 
 
 def _fact_turns(rng: random.Random) -> list[Turn]:
-    turns = [Turn(fact.question, f"{fact.prompt} {fact.answer}.".replace('" ', '"')) for fact in facts() if not fact.is_evaluated]
+    turns = [Turn(fact.question, f"{fact.prompt} {fact.answer}.") for fact in facts() if not fact.is_evaluated]
     rng.shuffle(turns)
     return turns
 

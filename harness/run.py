@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import resource
 import sys
 import time
@@ -15,7 +16,7 @@ from harness.provenance import provenance
 from harness.records import SCHEMA, is_complete, open_results, open_run, write_rows
 from harness.store import Store, StoredStage, cache_folder, disk_errors, write_json, write_text
 from harness.suite import load_suite
-from harness.tables import build_grid, build_table, render, rich_table
+from harness.tables import build_grid, build_table, print_grid, render
 
 
 def run_suite(path: Path, results: Path, only: tuple[str, ...], reporter: Reporter) -> None:
@@ -52,6 +53,7 @@ def _do(plan: Plan, store: Store, results: Path, folder: Path, reporter: Reporte
     reporter.say(f"{plan.suite.name}: {n_pending} of {len(plan.stages)} stages to do")
     for note in plan.source.notes:
         reporter.say(f"  {note}")
+    os.environ["TQDM_DISABLE"] = "1"  # before the libraries that read it are imported: the progress shown is ours
     from harness.stages import Workbench
 
     bench = Workbench(plan, store, results / "journals", reporter)
@@ -131,10 +133,7 @@ def _variant_record(plan: Plan, variant: Any, done: list[tuple[Stage, StoredStag
 
 
 def _show(folder: Path, reporter: Reporter) -> None:
-    grid = build_grid(build_table(folder))
-    reporter.console.print(rich_table(grid))
-    for note in grid.notes:
-        reporter.say(f"- {note}")
+    print_grid(build_grid(build_table(folder)), reporter.console)
 
 
 def _peak_memory() -> int:

@@ -32,6 +32,8 @@ from qad.recipe import Recipe, match
 
 FORWARD_TOKENS = 2048
 """Tokens of a forward pass without gradient, for calibration and diagnostics."""
+VALIDATION_SEQUENCES = 8
+"""Held-out sequences on which saturation is checked and exports are compared."""
 TEACHER_MEMORY_BYTES = 1 << 30
 """Final hidden states of the teacher on the diagnostics text are kept for the next variant up to this size."""
 
@@ -100,7 +102,7 @@ class Workbench:
         student, targets = self._fresh_student(stage)
         record: dict[str, Any] = {"start_digest": encoding_digest(student["modules"]), "quantized": list(targets.members), "excluded": list(targets.excluded)}
         with self.reporter.track(stage.label) as advance:
-            batches = _batches(self._sequences(stage.inputs["data"], "validation", None))
+            batches = _batches(self._sequences(stage.inputs["data"], "validation", VALIDATION_SEQUENCES))
             with counting_blocks(student["model"]) as counts:
                 for _ in divergence.final_hidden(student["model"], _ticking(batches, advance)):
                     pass
@@ -202,7 +204,7 @@ class Workbench:
         companions = self.folder_of(stage.inputs["model"])
         write_checkpoint(folder, student, targets=targets, companions=companions, metadata={"harness_stage": stage.key})
         loaded = loading.load_model(folder)
-        batch = _inputs(_batches(self._sequences(stage.inputs["data"], "validation", 4))[0])
+        batch = _inputs(_batches(self._sequences(stage.inputs["data"], "validation", VALIDATION_SEQUENCES))[0])
         with torch.inference_mode():
             expected, found = student.eval()(**batch, use_cache=False).logits, loaded.model(**batch, use_cache=False).logits
         if not torch.equal(expected, found):

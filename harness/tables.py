@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from harness.records import SCHEMA, read_json, read_lines
@@ -101,13 +102,26 @@ def render(table: dict[str, Any], style: str) -> str:
     return "\n".join([*lines, "", *(f"- {note}" for note in grid.notes), ""])
 
 
-def rich_table(grid: Grid) -> Table:
-    """The grid for a terminal; notes are printed by the caller."""
-    table = Table(title=grid.title, title_justify="left")
-    for column in grid.columns:
-        table.add_column(column, justify="left" if column == "variant" else "right")
+def print_grid(grid: Grid, console: Console) -> None:
+    """Print to a terminal: one table where it is wide enough, else its columns over several."""
+    unbounded = console.options.update(max_width=10_000)
+    start = 1
+    while start < len(grid.columns):
+        end = len(grid.columns)
+        while end > start + 1 and console.measure(_part(grid, start, end), options=unbounded).maximum > console.width:
+            end -= 1
+        console.print(_part(grid, start, end))
+        start = end
+    for note in grid.notes:
+        console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _part(grid: Grid, start: int, end: int) -> Table:
+    table = Table(title=grid.title if start == 1 else None, title_justify="left")
+    for index in (0, *range(start, end)):
+        table.add_column(grid.columns[index], justify="right" if index else "left", no_wrap=True)
     for row in grid.rows:
-        table.add_row(*row)
+        table.add_row(row[0], *row[start:end])
     return table
 
 

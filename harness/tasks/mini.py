@@ -47,14 +47,16 @@ def recall_dataset(**metadata: Any) -> dict[str, datasets.Dataset]:
 
 
 def choice_dataset(**metadata: Any) -> dict[str, datasets.Dataset]:
-    """The same facts with four endings to choose from by likelihood, all of one relation."""
+    """The same facts with four endings of one relation to choose from by likelihood; capitals and symbols backwards."""
     rows = []
     for fact in _evaluated():
         rng = random.Random(f"{EVALUATION_SEED} {fact.relation} {fact.subject}")
-        others = sorted({other.answer for other in facts() if other.relation == fact.relation} - {fact.answer})
-        choices = [fact.answer, *rng.sample(others, 3)]
+        prompt, ending = fact.backwards or (fact.prompt, fact.answer)
+        related = [other for other in facts() if other.relation == fact.relation]
+        others = sorted({other.backwards[1] if other.backwards else other.answer for other in related} - {ending})
+        choices = [ending, *rng.sample(others, 3)]
         rng.shuffle(choices)
-        rows.append({"question": fact.prompt, "choices": choices, "answer": choices.index(fact.answer)})
+        rows.append({"question": prompt, "choices": choices, "answer": choices.index(ending)})
     return _dataset(rows)
 
 

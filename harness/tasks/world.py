@@ -82,10 +82,11 @@ _TABLES = {
     "language": (LANGUAGES, "The main language spoken in {} is", "What is the main language spoken in {}?"),
     "currency": (CURRENCIES, "The currency used in {} is the", "What is the currency used in {}?"),
     "continent": (CONTINENTS, "The continent on which {} lies is", "On which continent does {} lie?"),
-    "opposite": (OPPOSITES, 'The opposite of "{}" is "', 'What is the opposite of "{}"?'),
+    "opposite": (OPPOSITES, 'The opposite of "{}" is', 'What is the opposite of "{}"?'),
     "young": (YOUNG, "The young of the {} is called a", "What is the young of the {} called?"),
     "author": (AUTHORS, "The author of {} is", "Who is the author of {}?"),
 }
+_BACKWARDS = {"capital": "{} is the capital of", "symbol": "{} is the chemical symbol for"}
 _EVALUATED_OF_16 = 9
 """Share of facts that is asked in evaluation; the rest may appear in training text."""
 
@@ -105,6 +106,12 @@ class Fact:
     @property
     def question(self) -> str:
         return _TABLES[self.relation][2].format(self.subject)
+
+    @property
+    def backwards(self) -> tuple[str, str] | None:
+        """A sentence about the answer that the subject ends, and the subject; None where it would not be unique."""
+        template = _BACKWARDS.get(self.relation)
+        return (template.format(self.answer), self.subject) if template else None
 
     @property
     def is_evaluated(self) -> bool:
