@@ -205,7 +205,7 @@ class Workbench:
         write_checkpoint(folder, student, targets=targets, companions=companions, metadata={"harness_stage": stage.key})
         loaded = loading.load_model(folder)
         batch = _inputs(_batches(self._sequences(stage.inputs["data"], "validation", VALIDATION_SEQUENCES))[0])
-        with torch.inference_mode():
+        with torch.no_grad():
             expected, found = student.eval()(**batch, use_cache=False).logits, loaded.model(**batch, use_cache=False).logits
         if not torch.equal(expected, found):
             difference = float((expected.float() - found.float()).abs().max())

@@ -1,7 +1,7 @@
 """Finished stages on disk: atomic, content-addressed, verified on read. Nothing ever writes into a finished stage.
 
     <cache>/stages/<key>/stage.json    what it was made of and the digests of its files
-    <cache>/stages/<key>/...           the files
+    <cache>/stages/<key>/files/        the files
     <cache>/digests.json               file digests by path, size and time, so that nothing large is read twice
 """
 
@@ -27,7 +27,7 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @dataclass(frozen=True)
 class StoredStage:
-    """A finished stage: its folder, its own record, and the digest of all its files."""
+    """A finished stage: the folder of its files, its own record, and the digest of all its files."""
 
     folder: Path
     record: dict[str, Any]
@@ -60,10 +60,11 @@ class Store:
             return None
         if record.get("schema") != SCHEMA or record.get("key") != key:
             return None
+        files = folder / "files"
         for name, digest in record["files"].items():
-            if not (folder / name).is_file() or self.file_digest(folder / name) != digest:
+            if not (files / name).is_file() or self.file_digest(files / name) != digest:
                 return None
-        return StoredStage(folder, record, record["digest"])
+        return StoredStage(files, record, record["digest"])
 
     @contextlib.contextmanager
     def writing(self, key: str, record: dict[str, Any]) -> Iterator[Path]:
@@ -75,10 +76,11 @@ class Store:
         partial = folder.with_name(f".partial-{key}-{os.getpid()}")
         with disk_errors(f"the stage cache {self.root}"):
             self._remove_abandoned()
-            partial.mkdir(parents=True)
+            made = partial / "files"
+            made.mkdir(parents=True)
             try:
-                yield partial
-                files = {str(p.relative_to(partial)): self._sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+                yield made
+                files = {str(p.relative_to(made)): self._sha256(p) for p in sorted(made.rglob("*")) if p.is_file()}
                 digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
                 whole = {"schema": SCHEMA, "key": key, **record, "files": files, "digest": digest}
                 write_json(partial / "stage.json", whole)

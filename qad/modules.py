@@ -69,6 +69,8 @@ class InputQuantizer(nn.Module):
             self.quantizations += 1
             if self.counts is not None:
                 self.counts.add(x, self.tensor_scale)
+            if x.is_inference():  # such tensors keep no count of writes in place, so sharing could go stale
+                return _FakeQuantize.apply(x, self.tensor_scale, f"input of {self.group.name}")
             self._source = (x, x._version, torch.is_grad_enabled())
             self._result = _FakeQuantize.apply(x, self.tensor_scale, f"input of {self.group.name}")
             self._consumers_left = len(self.group.members)

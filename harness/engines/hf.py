@@ -42,7 +42,7 @@ class HfEngine:
             batches += [members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size)]
         return batches
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def answer(self, batch: Sequence[Request]) -> list[Answer | Likelihood]:
         sampling = batch[0].sampling
         return self._likelihoods(batch) if sampling is None else self._generate(batch, sampling)
