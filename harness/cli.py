@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -36,21 +38,23 @@ def run(
     only: Annotated[str, typer.Option(metavar="VARIANT,...", help="Make and measure these variants only.")] = "",
 ) -> None:
     """Do what the suite asks for and is not stored yet, then print the table."""
-    from rich.console import Console
+    with _reporting():
+        from rich.console import Console
 
-    from harness.progress import Reporter
-    from harness.run import run_suite
+        from harness.progress import Reporter
+        from harness.run import run_suite
 
-    run_suite(suite, results, tuple(name.strip() for name in only.split(",") if name.strip()), Reporter(Console()))
+        run_suite(suite, results, tuple(name.strip() for name in only.split(",") if name.strip()), Reporter(Console()))
 
 
 @app.command()
 def plan(suite: SuiteArgument) -> None:
     """Show the stages of a suite: which are stored, how many requests and training tokens the others take."""
-    from harness.outline import outline
+    with _reporting():
+        from harness.outline import outline
 
-    for line in outline(suite):
-        print(line)
+        for line in outline(suite):
+            print(line)
 
 
 @app.command()
@@ -59,42 +63,50 @@ def table(
     format: Annotated[TableFormat, typer.Option(help="What to print.")] = TableFormat.TERMINAL,
 ) -> None:
     """Print the table of a run again."""
-    import json
+    with _reporting():
+        import json
 
-    from harness.tables import build_grid, build_table, print_grid, render
+        from harness.tables import build_grid, build_table, print_grid, render
 
-    data = build_table(run)
-    if format is TableFormat.JSON:
-        print(json.dumps(data, indent=1, sort_keys=True, allow_nan=False))
-    elif format is TableFormat.TERMINAL:
-        from rich.console import Console
+        data = build_table(run)
+        if format is TableFormat.JSON:
+            print(json.dumps(data, indent=1, sort_keys=True, allow_nan=False))
+        elif format is TableFormat.TERMINAL:
+            from rich.console import Console
 
-        print_grid(build_grid(data), Console())
-    else:
-        print(render(data, format.value), end="")
+            print_grid(build_grid(data), Console())
+        else:
+            print(render(data, format.value), end="")
 
 
 @app.command()
 def doctor() -> None:
     """Say what this machine can do."""
-    from harness.doctor import examine
+    with _reporting():
+        from harness.doctor import examine
 
-    for what, found in examine():
-        print(f"{what:28} {found}")
+        for what, found in examine():
+            print(f"{what:28} {found}")
 
 
 def main() -> None:
-    """The command `harness`: our errors are a message and status 2, Ctrl-C is 130, a bug keeps its traceback."""
+    """The command `harness`."""
+    app()
+
+
+@contextmanager
+def _reporting() -> Iterator[None]:
+    """Our errors are a message and status 2, Ctrl-C is status 130; a bug keeps its traceback."""
     try:
-        app()
+        yield
     except KeyboardInterrupt:
         _say("interrupted; finished stages and responses are kept, the same command goes on from them")
-        sys.exit(EXIT_INTERRUPTED)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     except Exception as error:
         if not _is_ours(error):
             raise
         _say(f"harness: {error}")
-        sys.exit(EXIT_ERROR)
+        raise typer.Exit(EXIT_ERROR) from None
 
 
 def _is_ours(error: Exception) -> bool:

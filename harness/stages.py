@@ -128,7 +128,7 @@ class Workbench:
 
             torch.manual_seed(settings.seed)
             done = train(student["model"], teacher, batches, optimization, on_step=report)
-        if done.start_digest != start.record["start_digest"]:
+        if done.start_digest != start.record["result"]["start_digest"]:
             raise HarnessError(f"{stage.label}: step 0 does not encode to the PTQ checkpoint; delete the cache and report this")
         write_text(folder / "training.jsonl", "".join(json.dumps(dataclasses.asdict(step)) + "\n" for step in done.steps))
         record = {"budget": budget, **_training_summary(done), "quantized": list(targets.members), "excluded": list(targets.excluded)}

@@ -119,15 +119,16 @@ def train(
         if not n_loss_tokens:
             raise TrainingError(f"step {index}: no token to predict in the batch; is the response mask empty?")
         loss = batch_loss(student, teacher, batch, n_tokens=n_loss_tokens)
-        if not math.isfinite(float(loss)):
-            raise TrainingError(f"step {index}: the {objective} loss is {float(loss)}; lower lr, or look at the batch before it")
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(f"step {index}: the {objective} loss is {value}; lower lr, or look at the batch before it")
         loss.backward()
         grad_norm = float(nn.utils.clip_grad_norm_(masters.parameters, optimization.clip_norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         saturated = masters.project()
         step = Step(
-            index, float(loss), lr, grad_norm, batch.n_tokens, n_loss_tokens, saturated, time.perf_counter() - began
+            index, value, lr, grad_norm, batch.n_tokens, n_loss_tokens, saturated, time.perf_counter() - began
         )
         steps.append(step)
         on_step(step)

@@ -1,0 +1,142 @@
+"""Fixtures: a tiny Llama with a tokenizer and chat template of its own, no network, a cache of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+os.environ["TQDM_DISABLE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError(f"a test tried to reach the network: {arguments}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HARNESS_MIRROR", raising=False)
+    return tmp_path / "cache"
+
+
+def build_tiny_model(folder: Path, *, seed: int = 0, hidden: int = 64) -> Path:
+    """Write a random two-layer Llama with a byte-level tokenizer trained on Python's manual."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from harness.data import natural_texts
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|start|>", "<|end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(natural_texts()[:20], trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|start|>")
+    wrapped.chat_template = CHAT_TEMPLATE
+    wrapped.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(wrapped),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_model: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+SUITE = """
+schema = 1
+name = "tiny"
+
+[model]
+path = "{model}"
+
+[quantization]
+calibration = {{ data = "text", samples = 8 }}
+
+[data.text]
+source = "builtin"
+seq_len = 512
+
+[training]
+tokens = 6000
+batch_size = 4
+lr = 1e-3
+loss_on = "assistant"
+
+[[variant]]
+name = "bf16"
+method = "bf16"
+
+[[variant]]
+name = "ptq"
+method = "ptq"
+
+[[variant]]
+name = "qat"
+method = "qat"
+
+[[variant]]
+name = "qad"
+method = "qad"
+
+[[task]]
+name = "mini_math"
+limit = 8
+
+[[task]]
+name = "mini_choice"
+limit = 8
+
+[engine]
+kind = "hf"
+args = {{ batch_size = 8 }}
+
+[diagnostics]
+data = "text"
+samples = 12
+"""
+
+
+@pytest.fixture
+def tiny_suite(tmp_path: Path, tiny_model: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(SUITE.format(model=tiny_model))
+    return path

@@ -1,0 +1,176 @@
+"""The packed checkpoint: what is written, that it comes back bit for bit, and what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qad import nvfp4
+from qad.checkpoint import bits_per_weight, checkpoint_bytes, load_checkpoint, write_checkpoint
+from qad.errors import CheckpointError, NonFiniteError
+from qad.modules import quantize_model
+from qad.recipe import Recipe, match
+
+
+@pytest.fixture
+def packed(tiny_model, tmp_path):
+    """A tiny packed checkpoint and the model in memory that it was written from."""
+    folder = tmp_path / "packed"
+    model = load_checkpoint(tiny_model).model
+    targets = match(model, Recipe())
+    quantize_model(model, Recipe(), {group.name: 8.0 for group in targets.groups})
+    write_checkpoint(folder, model, targets=targets, companions=tiny_model, metadata={"note": "test"})
+    return folder, model
+
+
+def edited(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_a_checkpoint_loads_back_to_identical_logits(packed):
+    folder, model = packed
+    ids = torch.arange(60).reshape(2, 30)
+    with torch.no_grad():
+        loaded = load_checkpoint(folder)
+        assert torch.equal(loaded.model(ids).logits, model(ids).logits)
+    assert loaded.kernels == {"linear": "w4a4_emulation", "kv_cache": "bf16"}
+
+
+def test_tensors_have_the_names_types_and_shapes_of_modelopt(packed):
+    folder, _ = packed
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    assert tensors[f"{name}.weight"].dtype is torch.uint8
+    assert tuple(tensors[f"{name}.weight"].shape) == (64, 64)
+    assert tensors[f"{name}.weight_scale"].dtype is torch.float8_e4m3fn
+    assert tuple(tensors[f"{name}.weight_scale"].shape) == (64, 8)
+    assert tensors[f"{name}.weight_scale_2"].shape == tensors[f"{name}.input_scale"].shape == ()
+    assert "lm_head.weight" not in tensors  # tied, stored once
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["quant_algo"], config["ignore"]) == ("modelopt", "NVFP4", ["lm_head"])
+    assert json.loads((folder / "hf_quant_config.json").read_text())["quantization"]["group_size"] == 16
+    assert (folder / "tokenizer.json").is_file()
+
+
+def test_members_of_a_fused_group_are_written_with_one_scale(packed):
+    tensors = load_file(packed[0] / "model.safetensors")
+    for kind in ("weight_scale_2", "input_scale"):
+        assert len({float(tensors[f"model.layers.0.self_attn.{p}_proj.{kind}"]) for p in "qkv"}) == 1
+
+
+def test_w4a16_has_no_input_scales_and_says_so(tiny_model, tmp_path):
+    model = load_checkpoint(tiny_model).model
+    recipe = Recipe(activations=False)
+    targets = match(model, recipe)
+    quantize_model(model, recipe, None)
+    write_checkpoint(tmp_path / "w4a16", model, targets=targets, companions=tiny_model, metadata={})
+    loaded = load_checkpoint(tmp_path / "w4a16")
+    assert loaded.kernels["linear"] == "w4a16"
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded.model(ids).logits, model(ids).logits)
+
+
+def test_bits_a_weight_count_packed_codes_and_scales(packed):
+    folder, _ = packed
+    tensors = load_file(folder / "model.safetensors")
+    quantized = sum(2 * t.numel() for t in tensors.values() if t.dtype is torch.uint8)
+    others = sum(t.numel() for n, t in tensors.items() if t.dtype is torch.bfloat16)
+    scalars = sum(t.numel() for n, t in tensors.items() if t.dtype is torch.float32)
+    assert bits_per_weight(folder) == pytest.approx((4.5 * quantized + 16 * others + 32 * scalars) / (quantized + others))
+    assert checkpoint_bytes(folder) == (folder / "model.safetensors").stat().st_size
+
+
+def test_a_foreign_checkpoint_with_only_hf_quant_config_is_read(packed):
+    folder, model = packed
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_checkpoint(folder).kernels["linear"] == "w4a4_emulation"
+
+
+def test_a_file_that_is_cut_short_is_named(packed):
+    folder, _ = packed
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read as safetensors.*copy it again"):
+        load_checkpoint(folder)
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def replace(name, make):
+    return lambda tensors: tensors.__setitem__(name, make(tensors[name]))
+
+
+PREFIX = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop(f"{PREFIX}.weight_scale"), "q_proj.weight is packed but .*weight_scale is missing"),
+        (drop("model.norm.weight"), "do not fit LlamaForCausalLM.*model.norm.weight"),
+        (replace(f"{PREFIX}.weight_scale", lambda t: t.float().to(torch.float8_e5m2)), "NVFP4 needs float8_e4m3fn"),
+        (replace(f"{PREFIX}.weight_scale_2", lambda t: t * 0), "weight_scale_2 must be one positive float32"),
+        (replace(f"{PREFIX}.weight_scale_2", lambda t: t * 2), "qkv_proj: its members have different weight_scale_2"),
+        (replace(f"{PREFIX}.input_scale", lambda t: t * 2), "qkv_proj: its members have different input_scale"),
+        (drop(f"{PREFIX}.input_scale"), "some quantized layers have an input_scale and some have none"),
+    ],
+)
+def test_planted_defects_are_named(packed, change, message):
+    folder, _ = packed
+    edited(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(folder)
+
+
+def test_a_nan_scale_and_a_nan_weight_are_named(packed):
+    folder, _ = packed
+    edited(folder, replace("model.norm.weight", lambda t: t * float("nan")))
+    with pytest.raises(NonFiniteError, match=r"model\.norm\.weight: holds 64 values"):
+        load_checkpoint(folder)
+    edited(folder, replace("model.norm.weight", lambda t: torch.ones(64, dtype=torch.bfloat16)))
+    edited(folder, replace(f"{PREFIX}.weight_scale", lambda t: torch.full_like(t.view(torch.uint8), 0x7F).view(t.dtype)))
+    with pytest.raises(NonFiniteError, match=r"q_proj\.weight_scale"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "this version reads ModelOpt's layout"),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}, "quant_algo 'FP8'"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "remote code"),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_scheme": {"num_bits": 8}}}, "KV cache"),
+    ],
+)
+def test_what_this_version_cannot_read_is_said(packed, config, message):
+    folder, _ = packed
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(folder)
+
+
+def test_pickled_weights_are_never_read(packed):
+    folder, _ = packed
+    shutil.move(folder / "model.safetensors", folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pickled weights are never read"):
+        load_checkpoint(folder)
+
+
+def test_the_packed_bytes_are_those_of_the_encoding(packed):
+    folder, model = packed
+    tensors = load_file(folder / "model.safetensors")
+    module = model.get_submodule(PREFIX)
+    again = nvfp4.Packed(
+        tensors[f"{PREFIX}.weight"], tensors[f"{PREFIX}.weight_scale"], tensors[f"{PREFIX}.weight_scale_2"]
+    )
+    assert torch.equal(nvfp4.dequantize(again), module.weight)

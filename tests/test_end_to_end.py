@@ -1,0 +1,365 @@
+"""The real commands on a tiny model, in process and out of it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from harness import cli
+from harness.errors import HarnessError
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def harness(monkeypatch, *arguments: object) -> int:
+    """Run the command in this process; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["harness", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model):
+    """A finished run of the tiny suite: (suite, results, run folder, cache)."""
+    from conftest import SUITE
+
+    root = tmp_path_factory.mktemp("finished")
+    suite = root / "tiny.toml"
+    suite.write_text(SUITE.format(model=tiny_model))
+    environment = os.environ | {"HARNESS_CACHE": str(root / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.cli", "run", str(suite), "--results", str(root / "results")],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = (root / "results" / "tiny").iterdir()
+    assert done.stdout.strip().splitlines()[-1] == f"Results: {run}"
+    return suite, root / "results", run, root / "cache"
+
+
+@pytest.fixture
+def same_cache(finished, monkeypatch):
+    monkeypatch.setenv("HARNESS_CACHE", str(finished[3]))
+    return finished
+
+
+def test_a_run_writes_everything_that_is_promised(finished):
+    run = finished[2]
+    about = json.loads((run / "run.json").read_text())
+    assert (about["schema"], about["status"], about["suite"]) == (1, "complete", "tiny")
+    assert about["provenance"]["packages"]["torch"]
+    assert {stage["label"] for stage in about["stages"]} >= {"data text", "calibrate", "quantize", "qat: train", "qad: train"}
+    table = json.loads((run / "table.json").read_text())
+    assert [row["variant"] for row in table["rows"]] == ["bf16", "ptq", "qad", "qat"]
+    for row in table["rows"]:
+        for name, primary in (("mini_math", "exact_match"), ("mini_choice", "acc")):
+            task = row["tasks"][name]
+            assert task["primary"] == primary
+            assert set(task["metrics"][primary]) == {"value", "stderr", "n_scored", "n_total"}
+            assert task["metrics"][primary]["n_scored"] == 8
+        for part in ("response", "all"):
+            assert set(row["diagnostics"][part]) == {"kl", "kl_stderr", "kl_p50", "kl_p99", "ce", "ppl", "top1", "n_tokens", "n_sequences"}
+        samples = zstandard.decompress((run / "samples" / f"{row['variant']}.mini_math.jsonl.zst").read_bytes())
+        assert len(samples.splitlines()) == 8
+    assert (run / "table.md").read_text().count("\n| ") == 6 - 1
+    assert (run / "table.csv").read_text().splitlines()[0].startswith("variant,method,mini_math.value")
+
+
+def test_the_variants_relate_as_they_must(finished):
+    table = json.loads((finished[2] / "table.json").read_text())
+    rows = {row["variant"]: row for row in table["rows"]}
+    assert rows["bf16"]["diagnostics"]["response"]["kl"] == 0.0
+    assert rows["bf16"]["diagnostics"]["response"]["top1"] == 1.0
+    assert rows["ptq"]["diagnostics"]["response"]["kl"] > 0
+    assert rows["bf16"]["bits_per_weight"] is None  # the model's own folder, nothing was exported
+    assert rows["ptq"]["checkpoint_bytes"] == rows["qad"]["checkpoint_bytes"]
+    assert rows["qat"]["budget"]["tokens"] == rows["qad"]["budget"]["tokens"] >= 6000
+    for name in ("qat", "qad"):
+        assert 0 < rows[name]["codes_changed"] < 1
+        assert rows[name]["tasks"]["mini_math"]["kernels"]["linear"] == "w4a4_emulation"
+    about = json.loads((finished[2] / "run.json").read_text())
+    digests = {variant["start_digest"] for variant in about["variants"] if variant["method"] != "bf16"}
+    assert len(digests) == 1
+    pairs = {(pair["candidate"], pair["baseline"]) for pair in table["paired_kl"]}
+    assert pairs == {("qad", "ptq"), ("qad", "qat"), ("qat", "ptq")}
+
+
+def test_the_same_suite_again_does_nothing_loads_no_model_and_says_so(same_cache):
+    suite, results, run, _ = same_cache
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    code = (
+        "import sys; from harness import cli\n"
+        f"sys.argv = ['harness', 'run', {str(suite)!r}, '--results', {str(results)!r}]\n"
+        "try: cli.main()\n"
+        "finally: print(sorted({'torch', 'lm_eval', 'transformers', 'numba'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "nothing to do, all" in done.stdout
+    assert done.stdout.strip().endswith("[]")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_the_table_is_printed_again_without_the_cache(finished, monkeypatch, capsys, tmp_path):
+    run = finished[2]
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "nothing here"))
+    for style in ("json", "md", "csv"):
+        assert harness(monkeypatch, "table", run, "--format", style) == 0
+        assert capsys.readouterr().out == (run / f"table.{style}").read_text()
+    assert harness(monkeypatch, "table", run) == 0
+    printed = capsys.readouterr().out
+    assert "qad" in printed
+    assert "Native FP4: not measured" in printed
+
+
+def test_every_part_of_the_surroundings_is_named_by_doctor(monkeypatch, capsys):
+    assert harness(monkeypatch, "doctor") == 0
+    printed = capsys.readouterr().out
+    for what in ("package torch", "GPU", "FP4 units", "vLLM", "mirror", "CPU kernels"):
+        assert what in printed
+
+
+def test_plan_says_what_is_stored_and_how_much_there_is_to_do(same_cache, monkeypatch, capsys, tiny_suite):
+    suite = same_cache[0]
+    assert harness(monkeypatch, "plan", suite) == 0
+    printed = capsys.readouterr().out
+    assert "stages are stored" in printed
+    assert "to do" not in printed
+    assert "qad: train (6,000 tokens, 4 sequences a step, lr 0.001)" in printed
+    assert "bf16: mini_choice (32 requests)" in printed
+
+
+def test_a_checkpoint_made_elsewhere_gives_the_same_figures_as_the_variant_it_came_from(same_cache, monkeypatch, tmp_path):
+    suite, results, run, cache = same_cache
+    about = json.loads((run / "run.json").read_text())
+    key = next(stage["key"] for stage in about["stages"] if stage["label"] == "quantize")
+    foreign = tmp_path / "foreign"
+    shutil.copytree(cache / "stages" / key / "files", foreign)
+    text = suite.read_text()
+    head, rest = text.split('[[variant]]\nname = "ptq"')
+    tail = rest[rest.index("[[task]]") :]
+    head = re.sub(r"\[quantization\].*?(?=\[data)", "", head, flags=re.S)
+    head = re.sub(r"\[training\].*?(?=\[\[variant)", "", head, flags=re.S)
+    made = tmp_path / "made.toml"
+    made.write_text(f'{head}[[variant]]\nname = "elsewhere"\nmethod = "checkpoint"\npath = "{foreign}"\n\n{tail}'.replace('"tiny"', '"made"', 1))
+    assert harness(monkeypatch, "run", made, "--results", tmp_path / "results") == 0
+    (other,) = (tmp_path / "results" / "made").iterdir()
+    rows = {row["variant"]: row for row in json.loads((other / "table.json").read_text())["rows"]}
+    ours = {row["variant"]: row for row in json.loads((run / "table.json").read_text())["rows"]}
+    assert rows["elsewhere"]["tasks"] == ours["ptq"]["tasks"]
+    assert rows["elsewhere"]["diagnostics"] == ours["ptq"]["diagnostics"]
+    assert rows["elsewhere"]["checkpoint_bytes"] == ours["ptq"]["checkpoint_bytes"]
+
+
+def test_a_stage_rebuilt_with_other_bytes_invalidates_what_came_after(same_cache, tmp_path, monkeypatch):
+    from harness.plan import make_plan
+    from harness.run import find_done
+    from harness.store import Store
+    from harness.suite import load_suite
+
+    copy = tmp_path / "cache"
+    shutil.copytree(same_cache[3], copy, copy_function=shutil.copy2)
+    store = Store(copy)
+    stages = {stage.label: stage for stage in make_plan(load_suite(same_cache[0]), store).stages}
+    calibration = stages["calibrate"]
+    assert find_done(stages["quantize"], store) is not None
+    record = json.loads((copy / "stages" / calibration.key / "stage.json").read_text())
+    with store.writing(calibration.key, {k: record[k] for k in ("kind", "inputs", "sections")}) as folder:
+        (folder / "input_amax.json").write_text("{}")
+    assert find_done(stages["quantize"], store) is None
+    assert find_done(stages["bf16: mini_math"], store) is not None
+
+
+TORCH_FREE = """
+import sys
+from harness import cli
+sys.argv = ["harness", *sys.argv[1:]]
+try:
+    cli.main()
+except SystemExit as ended:
+    assert not ended.code, ended.code
+print(sorted({"torch", "lm_eval", "transformers", "numba", "vllm", "datasets"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("verb", ["--help", "plan", "table"])
+def test_help_plan_and_table_import_neither_torch_nor_lm_eval(verb, same_cache):
+    arguments = {"--help": [], "plan": [same_cache[0]], "table": [same_cache[2]]}[verb]
+    done = subprocess.run([sys.executable, "-c", TORCH_FREE, verb, *map(str, arguments)], capture_output=True, text=True)
+    assert done.stdout.strip().endswith("[]"), done.stdout + done.stderr
+
+
+def test_the_torch_free_check_can_fail():
+    code = TORCH_FREE.replace("from harness import cli", "import torch; from harness import cli")
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
+    assert done.stdout.strip().endswith("['torch']")
+
+
+def edited(suite: Path, old: str, new: str) -> Path:
+    text = suite.read_text()
+    assert old in text
+    suite.write_text(text.replace(old, new, 1))
+    return suite
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[model]\npath = ", '[model]\npath = "/no/such/model"\n#', r"model\.path: /no/such/model: no such folder"),
+        ("[quantization]", '[quantization]\nexclude = ["lm_haed"]', '"lm_haed" matches no linear layer'),
+        ("[quantization]", '[quantization]\nexclude = ["lm_head", "*.k_proj"]', "qkv_proj: the recipe splits a fused group"),
+        ("[quantization]", "[quantization]\nexclude = []", "lm_head: shares its weight with the embedding"),
+        ("tokens = 6000", "tokens = 900_000", r"the training split holds .* tokens; 1 pass over it lack .* of the 900,000"),
+        ("samples = 8 }", "samples = 8_000 }", "the calibration split has .* sequences, 8000 are asked for"),
+        ("samples = 8 }", "samples = 8, headroom = 0.01 }", r"activation blocks saturate .* raise calibration\.headroom"),
+    ],
+)
+def test_mistakes_that_only_the_model_can_show_are_one_message_and_status_2(tiny_suite, tmp_path, monkeypatch, capsys, old, new, message):
+    if old.startswith("[model]"):
+        text = re.sub(r'\[model\]\npath = ".*"', '[model]\npath = "/no/such/model"', tiny_suite.read_text())
+        tiny_suite.write_text(text)
+    else:
+        edited(tiny_suite, old, new)
+    edited(tiny_suite, '[[task]]\nname = "mini_math"\nlimit = 8\n', "")
+    assert harness(monkeypatch, "run", tiny_suite, "--results", tmp_path / "results") == 2
+    printed = capsys.readouterr()
+    assert re.search(message, printed.err), printed.err
+    assert "Traceback" not in printed.err
+
+
+def test_a_model_width_that_is_no_multiple_of_16_is_named(tmp_path, tiny_suite, tiny_model, monkeypatch, capsys):
+    from conftest import build_tiny_model
+
+    odd = build_tiny_model(tmp_path / "odd", hidden=40)
+    edited(tiny_suite, str(tiny_model), str(odd))
+    assert harness(monkeypatch, "run", tiny_suite, "--only", "ptq", "--results", tmp_path / "results") == 2
+    assert re.search(r"input width 40 is not a multiple of 16.*to exclude", capsys.readouterr().err)
+
+
+def test_a_nan_weight_is_named(tmp_path, tiny_suite, tiny_model, monkeypatch, capsys):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    edited(tiny_suite, str(tiny_model), str(broken))
+    assert harness(monkeypatch, "run", tiny_suite, "--results", tmp_path / "results") == 2
+    assert re.search(r"layers\.1\.mlp\.up_proj\.weight: holds 1 values that are NaN", capsys.readouterr().err)
+
+
+def test_a_results_folder_that_is_not_ours_is_refused_and_left_alone(tmp_path, tiny_suite, monkeypatch, capsys):
+    other = tmp_path / "photos"
+    other.mkdir()
+    (other / "cat.jpg").write_text("cat")
+    assert harness(monkeypatch, "run", tiny_suite, "--results", other) == 2
+    assert "not a results folder of this harness" in capsys.readouterr().err
+    assert [path.name for path in other.iterdir()] == ["cat.jpg"]
+    assert harness(monkeypatch, "run", tiny_suite, "--results", other / "cat.jpg") == 2
+    assert "is a file; give a folder" in capsys.readouterr().err
+
+
+def test_a_truncated_or_future_run_is_named_by_table(finished, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(finished[2], copy)
+    (copy / "run.json").write_text((copy / "run.json").read_text()[:100])
+    assert harness(monkeypatch, "table", copy) == 2
+    assert f"{copy / 'run.json'}: cannot be read" in capsys.readouterr().err
+    (copy / "run.json").write_text('{"schema": 99}')
+    assert harness(monkeypatch, "table", copy) == 2
+    assert "schema 99, this version reads 1" in capsys.readouterr().err
+    assert harness(monkeypatch, "table", tmp_path / "nowhere") == 2
+
+
+PHASES = {
+    "plan": "harness.run.make_plan",
+    "data": "harness.data.builtin_sequences",
+    "calibrate": "harness.stages.calibrate",
+    "quantize": "harness.stages.quantize_model",
+    "export": "harness.stages.write_checkpoint",
+    "train": "harness.stages.train",
+    "answer": "harness.engines.hf.HfEngine.answer",
+    "diagnostics": "qad.divergence.measure",
+    "table": "harness.run.build_table",
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_ctrl_c_in_each_phase_is_status_130_and_keeps_what_was_finished(phase, tiny_suite, tmp_path, monkeypatch, capsys):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PHASES[phase], interrupt)
+        assert harness(monkeypatch, "run", tiny_suite, "--results", tmp_path / "results") == 130
+    printed = capsys.readouterr()
+    assert printed.err.strip().splitlines()[-1].startswith("interrupted; finished stages")
+    assert "Traceback" not in printed.err
+    kept = list((tmp_path / "cache" / "stages").glob("*")) if phase != "plan" else []
+    assert not [path for path in kept if path.name.startswith(".partial")]
+    assert all((path / "stage.json").is_file() for path in kept)
+    if phase == "train":
+        assert len(kept) >= 8
+
+
+def test_a_real_sigint_ends_the_process_with_130_and_the_next_run_finishes(tiny_suite, tmp_path):
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "harness.cli", "run", str(tiny_suite), "--results", str(tmp_path / "results")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    for line in process.stdout:
+        if "quantize:" in line:
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "interrupted;" in errors
+    assert "Traceback" not in errors
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "quantize:" not in done.stdout
+
+
+def test_a_bug_keeps_its_traceback(tiny_suite, monkeypatch):
+    def fail(path):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("harness.run.load_suite", fail)
+    monkeypatch.setattr(sys, "argv", ["harness", "run", str(tiny_suite)])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_a_checkpoint_that_does_not_load_back_to_the_same_logits_is_an_error(tiny_suite, tmp_path, monkeypatch):
+    import torch
+
+    from harness import loading
+
+    load = loading.load_model
+
+    def load_another(folder):
+        loaded = load(folder)
+        if (folder / "hf_quant_config.json").is_file():
+            with torch.no_grad():
+                loaded.model.model.norm.weight.mul_(1.5)
+        return loaded
+
+    monkeypatch.setattr("harness.stages.loading.load_model", load_another)
+    from rich.console import Console
+
+    from harness.progress import Reporter
+    from harness.run import run_suite
+
+    with pytest.raises(HarnessError, match="does not reproduce the model in memory"):
+        run_suite(tiny_suite, tmp_path / "results", ("ptq",), Reporter(Console()))

@@ -1,0 +1,152 @@
+"""Keys change with everything that can change a result, and with nothing else."""
+
+import pytest
+
+from harness import numerics, plan, provenance
+from harness.errors import ModelError, SuiteError
+from harness.models import resolve_model
+from harness.outline import n_requests
+from harness.plan import make_plan
+from harness.store import Store
+from harness.suite import Model, load_suite
+
+HEX = "0" * 39 + "1"
+
+
+def keys(path, tmp_path) -> dict[str, str]:
+    return {stage.label: stage.key for stage in make_plan(load_suite(path), Store(tmp_path / "cache")).stages}
+
+
+def changed(tiny_suite, tmp_path, old: str, new: str) -> set[str]:
+    before = keys(tiny_suite, tmp_path)
+    text = tiny_suite.read_text()
+    assert old in text
+    tiny_suite.write_text(text.replace(old, new))
+    after = keys(tiny_suite, tmp_path)
+    tiny_suite.write_text(text)
+    assert before.keys() == after.keys()
+    return {label for label in before if before[label] != after[label]}
+
+
+def rows_of(variant: str) -> set[str]:
+    return {f"{variant}: mini_math", f"{variant}: mini_choice", f"{variant}: diagnostics"}
+
+
+TRAINED = {"qat: train", "qad: train"} | rows_of("qat") | rows_of("qad")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ('name = "tiny"', 'name = "other"', set()),
+        ("seeds", "seeds", None),
+        ("lr = 1e-3", "lr = 2e-3", TRAINED),
+        ("batch_size = 4", "batch_size = 2", TRAINED),
+        ("batch_size = 8 }", "batch_size = 4 }", {f"{v}: {t}" for v in ("bf16", "ptq", "qat", "qad") for t in ("mini_math", "mini_choice")}),
+        ("samples = 12", "samples = 13", {f"{v}: diagnostics" for v in ("bf16", "ptq", "qat", "qad")}),
+        ("samples = 8 }", "samples = 9 }", {"calibrate", "quantize"} | TRAINED | rows_of("ptq")),
+        ("samples = 8 }", "samples = 8, headroom = 8.0 }", {"quantize"} | TRAINED | rows_of("ptq")),
+        ("[quantization]", "[quantization]\nactivations = false", {"calibrate", "quantize"} | TRAINED | rows_of("ptq")),
+    ],
+)
+def test_a_setting_changes_the_stages_that_depend_on_it_and_no_other(tiny_suite, tmp_path, old, new, expected):
+    if expected is None:
+        pytest.skip("seeds are tested in test_suite")
+    assert changed(tiny_suite, tmp_path, old, new) == expected
+
+
+def test_weights_change_every_key(tiny_suite, tmp_path, tiny_model):
+    import shutil
+
+    before = keys(tiny_suite, tmp_path)
+    other = tmp_path / "other-model"
+    shutil.copytree(tiny_model, other)
+    tiny_suite.write_text(tiny_suite.read_text().replace(str(tiny_model), str(other)))
+    assert keys(tiny_suite, tmp_path) == before  # the same bytes at another place are the same model
+    with (other / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    after = keys(tiny_suite, tmp_path)
+    assert all(after[label] != before[label] for label in before)
+
+
+@pytest.mark.parametrize("what", ["package", "numerics", "device"])
+def test_versions_and_device_are_part_of_a_key(tiny_suite, tmp_path, monkeypatch, what):
+    before = keys(tiny_suite, tmp_path)
+    if what == "package":
+        monkeypatch.setattr(plan, "package_versions", lambda names: dict.fromkeys(names, "0.0") if "lm-eval" in names else provenance.package_versions(names))
+        expected = {label for label in before if ": mini_" in label}
+    elif what == "numerics":
+        monkeypatch.setattr(plan, "versions", lambda: numerics.versions() | {"diagnostics": 99})
+        expected = {label for label in before if label.endswith("diagnostics")}
+    else:
+        monkeypatch.setattr(plan, "device_kind", lambda: "NVIDIA H200")
+        expected = set(before)
+    after = keys(tiny_suite, tmp_path)
+    assert {label for label in before if before[label] != after[label]} == expected
+
+
+def test_qat_and_qad_share_calibration_quantization_and_data(tiny_suite, tmp_path):
+    stages = {stage.label: stage for stage in make_plan(load_suite(tiny_suite), Store(tmp_path)).stages}
+    qat, qad = stages["qat: train"], stages["qad: train"]
+    assert {role: s.key for role, s in qat.inputs.items()} == {role: s.key for role, s in qad.inputs.items()}
+    assert {k for k in qat.sections if qat.sections[k] != qad.sections[k]} == {"objective"}
+
+
+def test_only_names_that_exist_can_be_chosen(tiny_suite, tmp_path):
+    suite = load_suite(tiny_suite)
+    stages = make_plan(suite, Store(tmp_path), only=("bf16",)).stages
+    assert not any(stage.kind in ("calibrate", "quantize", "train") for stage in stages)
+    with pytest.raises(SuiteError, match="--only qda: no such variant. Known: bf16, ptq, qad, qat"):
+        make_plan(suite, Store(tmp_path), only=("qda",))
+
+
+def test_requests_are_counted_without_lm_eval():
+    assert n_requests("mini_choice", None) == 4 * n_requests("mini_recall", None)
+    assert n_requests("mini_math", 7) == 7
+
+
+def test_the_sources_of_every_kind_of_stage_are_registered():
+    """Red after a change of a source: `python -m harness.numerics` says what to do."""
+    assert numerics.unaccounted() == {}
+
+
+def test_an_unregistered_source_is_noticed(monkeypatch):
+    monkeypatch.setattr(numerics, "source_digest", lambda kind: "changed")
+    assert set(numerics.unaccounted()) == set(numerics.SOURCES)
+
+
+@pytest.mark.parametrize(
+    ("path", "revision", "message"),
+    [
+        ("no/such/folder/anywhere", None, "no such folder"),
+        ("package:no_such_package/x.gguf", None, "'no_such_package' is not installed; 'make quickstart'"),
+        ("package:json/x.gguf", None, "has no such GGUF file; it has: none"),
+        ("org/name", None, "needs the revision"),
+    ],
+)
+def test_a_model_that_is_nowhere_is_named(tmp_path, path, revision, message):
+    with pytest.raises(ModelError, match=message):
+        resolve_model(Model(path=path, revision=revision), Store(tmp_path))
+
+
+def test_a_local_folder_takes_no_revision_and_must_hold_safetensors(tmp_path, tiny_model):
+    with pytest.raises(ModelError, match="remove revision"):
+        resolve_model(Model(path=str(tiny_model), revision=HEX), Store(tmp_path))
+    with pytest.raises(ModelError, match=r"holds no \*\.safetensors"):
+        resolve_model(Model(path=str(tmp_path)), Store(tmp_path / "cache"))
+
+
+def test_the_mirror_is_asked_before_the_hub_and_its_revision_must_agree(tmp_path, tiny_model, monkeypatch):
+    import shutil
+
+    mirror = tmp_path / "mirror" / "org" / "name"
+    shutil.copytree(tiny_model, mirror)
+    monkeypatch.setenv("HARNESS_MIRROR", str(tmp_path / "mirror"))
+    store = Store(tmp_path / "cache")
+    found = resolve_model(Model(path="org/name", revision=HEX), store)
+    assert (found.folder, found.origin) == (mirror, "mirror org/name, revision unknown")
+    (mirror / "revision.txt").write_text("f" * 40)
+    with pytest.raises(ModelError, match=f"at {'f' * 40}, the suite asks for {HEX}"):
+        resolve_model(Model(path="org/name", revision=HEX), store)
+    assert resolve_model(Model(path="org/other", revision=HEX), store).fingerprint == f"hub:org/other@{HEX}"

@@ -1,0 +1,111 @@
+"""Stages on disk: atomic, verified, and an error with a name when the disk is full."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from harness.errors import StoreError
+from harness.store import Store
+
+
+def test_a_stage_is_found_with_its_record_and_files(tmp_path):
+    store = Store(tmp_path)
+    with store.writing("k1", {"kind": "data"}) as folder:
+        (folder / "x.txt").write_text("hello")
+    found = store.find("k1")
+    assert (found.folder / "x.txt").read_text() == "hello"
+    assert found.record["kind"] == "data"
+    assert store.find("k2") is None
+
+
+def test_an_error_leaves_nothing_behind(tmp_path):
+    store = Store(tmp_path)
+    with pytest.raises(RuntimeError, match="stop"), store.writing("k1", {}) as folder:
+        (folder / "x.txt").write_text("half")
+        raise RuntimeError("stop")
+    assert store.find("k1") is None
+    assert list((tmp_path / "stages").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["change", "remove", "schema", "torn"])
+def test_a_damaged_stage_is_not_found(tmp_path, damage):
+    store = Store(tmp_path)
+    with store.writing("k1", {}) as folder:
+        (folder / "x.txt").write_text("hello")
+    stage = tmp_path / "stages" / "k1"
+    if damage == "change":
+        (stage / "files" / "x.txt").write_text("hullo")
+    elif damage == "remove":
+        (stage / "files" / "x.txt").unlink()
+    elif damage == "schema":
+        record = json.loads((stage / "stage.json").read_text())
+        (stage / "stage.json").write_text(json.dumps(record | {"schema": 99}))
+    else:
+        (stage / "stage.json").write_text('{"schema": 1, "ke')
+    assert Store(tmp_path).find("k1") is None
+
+
+def test_what_a_killed_process_left_is_removed_and_never_used(tmp_path):
+    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    left = tmp_path / "stages" / f".partial-k1-{process.stdout.strip()}"
+    mine = tmp_path / "stages" / f".partial-k9-{os.getpid()}"
+    left.mkdir(parents=True)
+    mine.mkdir()
+    store = Store(tmp_path)
+    assert store.find("k1") is None
+    with store.writing("k2", {}) as folder:
+        (folder / "x.txt").write_text("")
+    assert not left.exists()
+    assert mine.exists()
+
+
+def test_file_digests_are_remembered_until_the_file_changes(tmp_path):
+    path = tmp_path / "weights"
+    path.write_text("a")
+    first = Store(tmp_path / "cache").file_digest(path)
+    assert Store(tmp_path / "cache").file_digest(path) == first
+    path.write_text("ab")
+    assert Store(tmp_path / "cache").file_digest(path) != first
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from harness.errors import StoreError
+from harness.store import Store
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+store = Store(Path(sys.argv[1]))
+def write(folder):
+    if sys.argv[2] == "python":
+        (folder / "x").write_bytes(b"0" * 200_000)
+    else:
+        save_file({"x": torch.zeros(100_000)}, folder / "x")
+try:
+    with store.writing("k1", {}) as folder:
+        write(folder)
+except StoreError as error:
+    print(error)
+print(store.find("k1"), list((store.root / "stages").iterdir()))
+"""
+
+
+@pytest.mark.parametrize("writer", ["python", "compiled"])
+def test_a_disk_that_fills_is_one_message_and_leaves_nothing_half_written(tmp_path, writer):
+    """The limit on file sizes gives the same refusal as a full disk, from the operating system itself."""
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path), writer], capture_output=True, text=True)
+    message, state = done.stdout.strip().splitlines()
+    assert message == f"the stage cache {tmp_path}: the disk is full or a quota is reached; what was finished stays; make room and run again"
+    assert state == "None []"
+
+
+def test_a_cache_that_may_not_be_written_is_named(tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    tmp_path.chmod(0o500)
+    with pytest.raises(StoreError, match="no permission"), Store(tmp_path / "cache").writing("k", {}):
+        pass

@@ -1,0 +1,112 @@
+"""The suite parser: all mistakes at once, each with file, key, what was found, what is allowed, the nearest spelling."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from harness.errors import SuiteError
+from harness.suite import NOT_AVAILABLE_KEYS, NOT_AVAILABLE_VALUES, load_suite
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def mistakes_of(path: Path, text: str) -> list[str]:
+    path.write_text(text)
+    with pytest.raises(SuiteError) as caught:
+        load_suite(path)
+    lines = str(caught.value).splitlines()
+    assert all(line.startswith(f"{path}: ") for line in lines)
+    return [line.removeprefix(f"{path}: ") for line in lines]
+
+
+@pytest.mark.parametrize("suite", sorted(REPOSITORY.glob("suites/*.toml")), ids=lambda p: p.stem)
+def test_the_suites_of_the_repository_are_legal(suite):
+    assert load_suite(suite).variants[0].method == "bf16"
+
+
+def test_variants_are_made_in_the_order_bf16_ptq_qad_qat_whatever_the_file_says(tiny_suite):
+    text = tiny_suite.read_text()
+    head, *variants = re.split(r"(?=\[\[variant\]\])", text)
+    last, rest = variants[-1].split("[[task]]", 1)
+    tiny_suite.write_text(head + last + "".join(reversed(variants[:-1])) + "[[task]]" + rest)
+    assert [v.method for v in load_suite(tiny_suite).variants] == ["bf16", "ptq", "qad", "qat"]
+
+
+def test_five_mistakes_are_five_lines_with_key_found_allowed_and_nearest(tiny_suite):
+    text = tiny_suite.read_text()
+    text = text.replace("samples = 8", "smaples = 8").replace('kind = "hf"', 'kind = "hff"')
+    text = text.replace("tokens = 6000", 'tokens = "many"').replace('loss_on = "assistant"', 'loss_on = "assistent"')
+    text = text.replace('method = "qat"', 'method = "qta"')
+    lines = sorted(mistakes_of(tiny_suite, text))
+    assert lines == sorted(
+        [
+            "quantization.calibration.smaples: unknown key; did you mean samples? Known: data, headroom, max_saturated, samples",
+            "engine.kind: found 'hff'; did you mean hf? Allowed: hf",
+            "training.tokens: found 'many'; input should be a valid integer",
+            "training.loss_on: found 'assistent'; did you mean assistant? Allowed: all, assistant",
+            "variant[2].method: found 'qta'; did you mean qat? Allowed: bf16, checkpoint, ptq, qad, qat",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('name = "mini_math"', 'name = "mini_mat"', r'task\[0\]\.name: unknown task "mini_mat".*did you mean mini_math\?'),
+        ('name = "mini_math"', 'name = "mini_choice"', r'task: the name "mini_choice" is repeated'),
+        ('name = "ptq"', 'name = "bf16"', r'variant: the name "bf16" is repeated'),
+        ('calibration = { data = "text"', 'calibration = { data = "txt"', r'quantization\.calibration\.data: unknown data set "txt"; did you mean text\?'),
+        ('source = "builtin"', 'source = "bultin"', r"data\.text\.source: found 'bultin'; did you mean builtin\?"),
+        ('source = "builtin"', 'source = "hub"', r'data\.text\.source: "hub" .*not available in this version; allowed: \'builtin\''),
+        ('method = "bf16"', 'method = "ptq"', r'variant: no variant has method = "bf16"'),
+        ('method = "qad"', 'method = "qad"\nteacher = "x"', r"variant\[3\]\.teacher: another teacher .*not available in this version"),
+        ('method = "ptq"', 'method = "ptq"\ntraining = { lr = 1.0 }', r'variant\[1\]\.training: has no effect with method = "ptq"'),
+        ('method = "ptq"', 'method = "checkpoint"', r"variant\[1\]\.path: missing"),
+        ('method = "qad"', 'method = "qad"\ntraining = { lrr = 1.0 }', r"variant\[3\]\.training\.lrr: unknown key; did you mean lr\?"),
+        ("batch_size = 8 }", "batchsize = 8 }", r"engine\.args\.batchsize: unknown key; did you mean batch_size\?"),
+        ("batch_size = 8 }", "batch_size = 0 }", r"engine\.args\.batch_size: found 0; allowed: a positive integer"),
+        ('loss_on = "assistant"', "", r"training\.loss_on: missing; it is required"),
+        ("schema = 1", "schema = 2", r"schema: found 2; Allowed: 1|schema: found 2"),
+        ("[diagnostics]", "[gate]\n[diagnostics]", r"gate: release gates: not available in this version"),
+        ("[data.text]", '[data.spare]\nsource = "builtin"\n[data.text]', r"data\.spare: nothing uses it"),
+        ('path = "', 'revision = "main"\npath = "', r"model\.revision: found 'main'.*40 hex digits"),
+        ("lr = 1e-3", "lr = nan", r"training\.lr: found nan"),
+    ],
+)
+def test_each_mistake_says_where_what_and_what_to_do(tiny_suite, old, new, message):
+    text = tiny_suite.read_text()
+    assert old in text
+    lines = mistakes_of(tiny_suite, text.replace(old, new, 1))
+    assert any(re.match(message, line) for line in lines), lines
+
+
+def test_a_missing_suite_is_answered_with_the_nearest_file(tiny_suite):
+    with pytest.raises(SuiteError, match=r"tinny\.toml: there is no such suite; did you mean .*tiny\.toml"):
+        load_suite(tiny_suite.with_name("tinny.toml"))
+
+
+def test_a_file_that_is_not_toml_is_refused_with_its_line(tiny_suite):
+    (line,) = mistakes_of(tiny_suite, "schema = = 1")
+    assert line.startswith("not TOML: ")
+    assert "line 1" in line
+
+
+def test_a_folder_is_not_a_suite(tmp_path):
+    with pytest.raises(SuiteError, match="cannot be read"):
+        load_suite(tmp_path)
+
+
+def test_seeds_make_a_variant_each_and_overrides_reach_only_their_variant(tiny_suite):
+    text = tiny_suite.read_text().replace('method = "qad"', 'method = "qad"\ntraining = { seeds = [3, 4], lr = 0.5 }')
+    tiny_suite.write_text(text)
+    suite = load_suite(tiny_suite)
+    trained = {v.name: v.training for v in suite.variants if v.is_trained}
+    assert {name: (t.seed, t.lr) for name, t in trained.items()} == {"qat": (0, 1e-3), "qad-seed3": (3, 0.5), "qad-seed4": (4, 0.5)}
+
+
+def test_everything_that_is_not_available_yet_is_listed_in_the_readme():
+    readme = (REPOSITORY / "README.md").read_text()
+    values = [f"{key} = {value}" for key, group in NOT_AVAILABLE_VALUES.items() for value in group]
+    for entry in [*NOT_AVAILABLE_KEYS, *values]:
+        assert f"`{entry}`" in readme, entry
