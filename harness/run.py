@@ -17,6 +17,7 @@ from harness.records import SCHEMA, is_complete, open_results, open_run, write_r
 from harness.store import Store, StoredStage, cache_folder, disk_errors, write_json, write_text
 from harness.suite import load_suite
 from harness.tables import build_grid, build_table, print_grid, render
+from qad.footprint import footprint
 
 
 def run_suite(path: Path, results: Path, only: tuple[str, ...], reporter: Reporter) -> None:
@@ -129,7 +130,9 @@ def _variant_record(plan: Plan, variant: Any, done: list[tuple[Stage, StoredStag
         settings[name] = section.model_dump() if section else None
     checkpoint = plan.checkpoint_of[variant.name]
     found = next((stored for stage, stored in done if stage.key == checkpoint.key), None)
-    return settings | (found.record["result"] if found else {})
+    folder = found.folder if found else checkpoint.source.folder if checkpoint.source else None
+    size = dataclasses.asdict(footprint(folder)) if folder is not None and (found or checkpoint.is_external) else {}
+    return settings | size | (found.record["result"] if found else {})
 
 
 def _show(folder: Path, reporter: Reporter) -> None:

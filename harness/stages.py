@@ -25,7 +25,7 @@ from harness.store import Store, write_json, write_text
 from harness.suite import Quantization
 from qad import divergence
 from qad.calibrate import calibrate, counting_blocks, require_unsaturated
-from qad.checkpoint import Loaded, bits_per_weight, checkpoint_bytes, write_checkpoint
+from qad.checkpoint import Loaded, write_checkpoint
 from qad.distill import Batch, Optimization, Step, Training, train
 from qad.modules import encoding_digest, quantize_model
 from qad.recipe import Recipe, match
@@ -73,7 +73,7 @@ class Workbench:
         assert stage.source is not None and stage.source.folder is not None and stage.source.gguf is not None
         with self.reporter.track(f"model: read {stage.source.gguf} (about half a minute)"):
             loading.convert_gguf(stage.source.folder, stage.source.gguf, folder)
-        return _checkpoint_record(folder) | {"notes": list(stage.source.notes)}
+        return {"notes": list(stage.source.notes)}
 
     def _data(self, stage: Stage, folder: Path) -> dict[str, Any]:
         section = stage.sections["data"]
@@ -210,7 +210,7 @@ class Workbench:
         if not torch.equal(expected, found):
             difference = float((expected.float() - found.float()).abs().max())
             raise HarnessError(f"{stage.label}: the exported checkpoint does not reproduce the model in memory (logits differ by up to {difference:g}); report this")
-        return _checkpoint_record(folder) | {"load_back": "identical logits"}
+        return {"load_back": "identical logits"}
 
     def _training_batches(self, stage: Stage) -> tuple[list[Batch], dict[str, Any]]:
         assert stage.variant is not None and stage.variant.training is not None
@@ -280,10 +280,6 @@ def _recipe(quantization: Quantization) -> Recipe:
         power_of_two=quantization.tensor_scale == "power_of_two",
         headroom=quantization.calibration.headroom,
     )
-
-
-def _checkpoint_record(folder: Path) -> dict[str, Any]:
-    return {"checkpoint_bytes": checkpoint_bytes(folder), "bits_per_weight": bits_per_weight(folder)}
 
 
 def _training_summary(done: Training) -> dict[str, Any]:

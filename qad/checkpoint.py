@@ -120,22 +120,6 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def checkpoint_bytes(folder: Path) -> int:
-    """Bytes of the weight files of a checkpoint."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def bits_per_weight(folder: Path) -> float:
-    """Bits of all stored tensors over the number of weights they decode to; scales count as storage, not as weights."""
-    bits = weights = 0
-    for name, tensor in read_tensors(folder).items():
-        bits += 8 * tensor.numel() * tensor.element_size()
-        if name.endswith((".weight_scale", ".weight_scale_2", ".input_scale")):
-            continue
-        weights += tensor.numel() * (2 if tensor.dtype is torch.uint8 else 1)
-    return bits / weights
-
-
 def _tensors(model: Any) -> dict[str, Tensor]:
     quantized = quantized_linears(model)
     tensors: dict[str, Tensor] = {}

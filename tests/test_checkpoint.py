@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qad import nvfp4
-from qad.checkpoint import bits_per_weight, checkpoint_bytes, load_checkpoint, write_checkpoint
+from qad.checkpoint import load_checkpoint, write_checkpoint
 from qad.errors import CheckpointError, NonFiniteError
+from qad.footprint import footprint
 from qad.modules import quantize_model
 from qad.recipe import Recipe, match
 
@@ -81,8 +82,13 @@ def test_bits_a_weight_count_packed_codes_and_scales(packed):
     quantized = sum(2 * t.numel() for t in tensors.values() if t.dtype is torch.uint8)
     others = sum(t.numel() for n, t in tensors.items() if t.dtype is torch.bfloat16)
     scalars = sum(t.numel() for n, t in tensors.items() if t.dtype is torch.float32)
-    assert bits_per_weight(folder) == pytest.approx((4.5 * quantized + 16 * others + 32 * scalars) / (quantized + others))
-    assert checkpoint_bytes(folder) == (folder / "model.safetensors").stat().st_size
+    assert footprint(folder).bits_per_weight == pytest.approx((4.5 * quantized + 16 * others + 32 * scalars) / (quantized + others))
+    assert footprint(folder).checkpoint_bytes == (folder / "model.safetensors").stat().st_size
+
+
+def test_a_folder_without_weights_has_no_footprint(tmp_path):
+    with pytest.raises(ValueError, match="holds no weights"):
+        footprint(tmp_path)
 
 
 def test_a_foreign_checkpoint_with_only_hf_quant_config_is_read(packed):
