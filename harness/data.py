@@ -104,7 +104,13 @@ def generated_turns(seed: int) -> list[Turn]:
     """
     rng = random.Random(seed)
     turns = dict.fromkeys(_fact_turns(rng))
-    makers: list[Callable[[random.Random], Turn | None]] = [_sum_turn, _context_turn, _sorting_turn, _comparison_turn, _alphabet_turn]
+    makers: list[Callable[[random.Random], Turn | None]] = [
+        _sum_turn,
+        _context_turn,
+        _sorting_turn,
+        _comparison_turn,
+        _alphabet_turn,
+    ]
     while len(turns) < N_DIALOGUE_TURNS:
         turn = makers[len(turns) % len(makers)](rng)
         if turn is not None:
@@ -127,7 +133,9 @@ def render_dialogue(tokenizer: Any, turns: list[Turn], eos_ids: set[int]) -> Seq
         messages.append({"role": "assistant", "content": turn.answer})
         whole = _apply(tokenizer, messages, add_generation_prompt=False)
         if prompt[: len(rendered)] != rendered or whole[: len(prompt)] != prompt:
-            raise DataError("the chat template renders the beginning of a dialogue differently once it goes on; no response mask can be made")
+            raise DataError(
+                "the chat template renders the beginning of a dialogue differently once it goes on; no response mask can be made"
+            )
         response = whole[len(prompt) :]
         ends = [i for i, token in enumerate(response) if token in eos_ids]
         n_response = ends[0] + 1 if ends else len(response)
@@ -163,7 +171,9 @@ def training_order(sequences: list[Sequence], *, tokens: int, epochs: int, seed:
 def _topics_file() -> Path:
     specification = importlib.util.find_spec("pydoc_data.topics")
     if specification is None or specification.origin is None:
-        raise DataError("this Python comes without pydoc_data.topics, the text of the builtin source; install a complete Python")
+        raise DataError(
+            "this Python comes without pydoc_data.topics, the text of the builtin source; install a complete Python"
+        )
     return Path(specification.origin)
 
 
@@ -237,4 +247,6 @@ def _alphabet_turn(rng: random.Random) -> Turn:
     from harness.tasks import mini
 
     words = rng.sample(mini.PETS + mini.JOBS, 3)
-    return Turn(f"Put these words in alphabetical order: {', '.join(words)}", f"In alphabetical order: {', '.join(sorted(words))}.")
+    return Turn(
+        f"Put these words in alphabetical order: {', '.join(words)}", f"In alphabetical order: {', '.join(sorted(words))}."
+    )

@@ -30,8 +30,13 @@ def _torch() -> list[tuple[str, str]]:
         reason = f"torch sees none, the driver reports {gpu_name()}" if gpu_name() else "none"
         return [threads, kernels, ("GPU", reason), ("FP4 units", "none; W4A4 is emulated")]
     major, minor = torch.cuda.get_device_capability()
-    fp4 = "present; no kernel of this version uses them" if major >= 10 else "none; W4A4 is emulated"
-    return [threads, kernels, ("GPU", f"{torch.cuda.get_device_name()} (sm_{major}{minor})"), ("FP4 units", fp4)]
+    name = f"{torch.cuda.get_device_name()} (sm_{major}{minor}); this version computes on the CPU"
+    return [
+        threads,
+        kernels,
+        ("GPU", name),
+        ("FP4 units", "present, not used by this version" if major >= 10 else "none; W4A4 is emulated"),
+    ]
 
 
 def _vllm() -> tuple[str, str]:

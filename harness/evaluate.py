@@ -200,7 +200,9 @@ def _doc_id(instance: Instance) -> int:
     return int(instance.doc_id)
 
 
-def _sample_row(task: str, scorer: str, sample: dict[str, Any], asked: list[tuple[Request, Answer | Likelihood]]) -> dict[str, Any]:
+def _sample_row(
+    task: str, scorer: str, sample: dict[str, Any], asked: list[tuple[Request, Answer | Likelihood]]
+) -> dict[str, Any]:
     request, answer = asked[0]
     is_text = isinstance(answer, Answer)
     metrics = {name: float(sample[name]) for name in sample["metrics"]}

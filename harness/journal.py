@@ -81,12 +81,16 @@ class Journal:
         try:
             header, *rows = [json.loads(line) for line in lines]
             if header["schema"] != SCHEMA:
-                raise StoreError(f"{self.path}: written with schema {header['schema']}, this version reads {SCHEMA}; move it away to ask again")
+                raise StoreError(
+                    f"{self.path}: written with schema {header['schema']}, this version reads {SCHEMA}; move it away to ask again"
+                )
             for row in rows:
                 answer = _answer(row)
                 self._answers[row["batch"], row["request"], row["repeat"]] = answer
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{self.path}: a line is damaged ({error}); move the file away to ask its questions again") from error
+            raise StoreError(
+                f"{self.path}: a line is damaged ({error}); move the file away to ask its questions again"
+            ) from error
 
 
 def _answer(row: dict[str, Any]) -> Answer | Likelihood:

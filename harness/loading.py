@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -11,19 +12,15 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from harness.provenance import device_kind
 from qad.checkpoint import Loaded, load_checkpoint, write_checkpoint
 
 
-def prepare_libraries() -> None:
-    """Quiet the libraries, keep them off the network where the user says so, and use the torch that was planned for."""
+def quiet_libraries() -> None:
+    """No notices and bars of theirs between ours."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("datasets").setLevel(logging.ERROR)
-    planned, found = device_kind(), torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
-    if planned.startswith("cpu") != (found == "cpu"):
-        raise RuntimeError(f"planned for {planned} but torch sees {found}; set CUDA_VISIBLE_DEVICES to what should be used")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def convert_gguf(folder: Path, file: str, target: Path) -> None:
@@ -53,8 +50,8 @@ def load_model(folder: Path) -> Loaded:
     return load_checkpoint(folder)
 
 
-def eos_ids(model_config: Any, tokenizer: Any) -> set[int]:
+def eos_ids(folder: Path, tokenizer: Any) -> set[int]:
     """Tokens that end a text, by the model's configuration and by the tokenizer."""
-    configured = model_config.eos_token_id
+    configured = json.loads((folder / "config.json").read_text()).get("eos_token_id")
     ids = set(configured) if isinstance(configured, list) else {configured}
     return {int(i) for i in ids | {tokenizer.eos_token_id} if i is not None}

@@ -45,7 +45,9 @@ def resolve_model(model: Model, store: Store) -> Source:
             raise ModelError(f"model.revision: {folder} is a local folder, its files identify it; remove revision")
         return Source(folder, None, folder_fingerprint(folder, store), f"folder {folder}")
     if model.path.count("/") != 1 or model.path.startswith((".", "/", "~")):
-        raise ModelError(f"model.path: {model.path}: no such folder; give a folder, a hub id (org/name) or package:<package>/<file>")
+        raise ModelError(
+            f"model.path: {model.path}: no such folder; give a folder, a hub id (org/name) or package:<package>/<file>"
+        )
     mirror = mirror_folder(model.path)
     if mirror is not None:
         return _from_mirror(mirror, model, store)
@@ -88,7 +90,7 @@ def mirror_folder(name: str) -> Path | None:
 
 
 def folder_fingerprint(folder: Path, store: Store) -> str:
-    """sha256 over the names and digests of a model folder's files."""
+    """sha256 over the names and digests of a model folder's files: weights, configuration, tokenizer."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(_WEIGHT_SUFFIXES))
     if not any(p.suffix == ".safetensors" for p in files):
         raise ModelError(f"{folder}: holds no *.safetensors file; pickled weights are never read")

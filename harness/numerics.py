@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 REGISTER = Path(__file__).with_suffix(".toml")
@@ -21,7 +22,14 @@ SOURCES = {
     "calibrate": ("qad/calibrate.py", "qad/recipe.py", *_LOADING),
     "quantize": (*_FORMAT, *_LOADING),
     "train": (*_FORMAT, *_LOADING, "qad/distill.py", "qad/losses.py", "harness/data.py"),
-    "evaluate": (*_FORMAT, *_LOADING, "harness/evaluate.py", "harness/engines/__init__.py", "harness/engines/hf.py", "harness/stats.py"),
+    "evaluate": (
+        *_FORMAT,
+        *_LOADING,
+        "harness/evaluate.py",
+        "harness/engines/__init__.py",
+        "harness/engines/hf.py",
+        "harness/stats.py",
+    ),
     "diagnostics": (*_FORMAT, *_LOADING, "qad/divergence.py", "qad/losses.py", "qad/clustered.py"),
 }
 """The files whose code decides the numbers of a stage, by its kind."""
@@ -47,10 +55,12 @@ def unaccounted() -> dict[str, str]:
     return {kind: digest for kind, digest in digests.items() if digest not in register[kind]["sources"]}
 
 
-def _register() -> dict[str, dict[str, object]]:
-    return tomllib.loads(REGISTER.read_text())  # type: ignore[return-value]
+def _register() -> dict[str, dict[str, Any]]:
+    return tomllib.loads(REGISTER.read_text())
 
 
 if __name__ == "__main__":
     for kind, digest in unaccounted().items():
-        print(f'[{kind}] if the numbers are unchanged, add to sources: "{digest}"; if not, raise version and start sources anew')
+        print(
+            f'[{kind}] if the numbers are unchanged, add to sources: "{digest}"; if not, raise version and start sources anew'
+        )

@@ -15,7 +15,10 @@ def outline(path: Path) -> list[str]:
     suite = load_suite(path)
     store = Store(cache_folder())
     plan = make_plan(suite, store)
-    lines = [f"suite {suite.name}: model {suite.model.path} ({plan.source.origin})", *(f"note: {note}" for note in plan.source.notes)]
+    lines = [
+        f"suite {suite.name}: model {suite.model.path} ({plan.source.origin})",
+        *(f"note: {note}" for note in plan.source.notes),
+    ]
     for stage in plan.stages:
         state = "external" if stage.is_external else "stored" if is_done(stage, store) else "to do"
         lines.append(f"  {state:8}  {stage.key[:12]}  {stage.label}{_size(plan, stage)}")

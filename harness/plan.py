@@ -85,6 +85,8 @@ def make_plan(suite: Suite, store: Store, *, only: tuple[str, ...] = ()) -> Plan
     source = resolve_model(suite.model, store)
     checkpoints = {v.name: checkpoint_source(v.path, store) for v in variants if v.path is not None}
     builder = _Builder(suite, source, checkpoints)
+    for name in suite.data:
+        builder.add_data(name)
     checkpoint_of = {variant.name: builder.add(variant) for variant in variants}
     return Plan(suite, source, variants, tuple(builder.stages.values()), checkpoint_of)
 
@@ -124,35 +126,50 @@ class _Builder:
                     "quantization": _without_calibration(variant.quantization),
                     "objective": "ce" if variant.method == "qat" else "kl",
                 },
-                {"model": self.model, "calibration": start.inputs["calibration"], "start": start, "data": self._data(variant.data)},
+                {
+                    "model": self.model,
+                    "calibration": start.inputs["calibration"],
+                    "start": start,
+                    "data": self.add_data(variant.data),
+                },
                 variant=variant,
             )
         )
 
     def _quantized(self, variant: ResolvedVariant, quantization: Quantization) -> Stage:
         calibration = quantization.calibration
-        text = self._data(calibration.data)
+        text = self.add_data(calibration.data)
         recipe = quantization.model_dump(include=set(_ABOUT_RECIPE))
         record = self._add(
-            Stage("calibrate", "calibrate", {"recipe": recipe, "samples": calibration.samples}, {"model": self.model, "data": text}, variant=variant)
+            Stage(
+                "calibrate",
+                "calibrate",
+                {"recipe": recipe, "samples": calibration.samples},
+                {"model": self.model, "data": text},
+                variant=variant,
+            )
         )
         sections = {"quantization": _without_calibration(quantization), "max_saturated": calibration.max_saturated}
         inputs = {"model": self.model, "calibration": record, "data": text}
         return self._add(Stage("quantize", "quantize", sections, inputs, variant=variant))
 
-    def _data(self, name: str) -> Stage:
+    def add_data(self, name: str) -> Stage:
         section = self.suite.data[name].model_dump()
         sections = {"data": section, "text": data.builtin_fingerprint()}
         return self._add(Stage("data", f"data {name}", sections, {"model": self.model}))
 
     def _measure(self, variant: ResolvedVariant, checkpoint: Stage) -> None:
         for task in self.suite.tasks:
-            sections = {"task": task.model_dump(), "files": _task_fingerprint(), "engine": self.suite.engine.model_dump()}
+            sections: dict[str, Any] = {
+                "task": task.model_dump(),
+                "files": _task_fingerprint(),
+                "engine": self.suite.engine.model_dump(),
+            }
             inputs = {"checkpoint": checkpoint}
             self._add(Stage("evaluate", f"{variant.name}: {task.name}", sections, inputs, variant=variant, task=task))
         if self.suite.diagnostics is not None:
             sections = {"samples": self.suite.diagnostics.samples}
-            inputs = {"checkpoint": checkpoint, "model": self.model, "data": self._data(self.suite.diagnostics.data)}
+            inputs = {"checkpoint": checkpoint, "model": self.model, "data": self.add_data(self.suite.diagnostics.data)}
             self._add(Stage("diagnostics", f"{variant.name}: diagnostics", sections, inputs, variant=variant))
 
     def _add(self, stage: Stage) -> Stage:

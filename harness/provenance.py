@@ -20,7 +20,18 @@ PACKAGES = {
     "diagnostics": ("torch", "transformers"),
 }
 """The packages whose versions can change the result of a stage, by its kind."""
-RECORDED = ("qad-harness", "torch", "transformers", "tokenizers", "lm-eval", "datasets", "numba", "safetensors", "gguf", "accelerate")
+RECORDED = (
+    "qad-harness",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "lm-eval",
+    "datasets",
+    "numba",
+    "safetensors",
+    "gguf",
+    "accelerate",
+)
 
 
 def package_versions(names: tuple[str, ...]) -> dict[str, str | None]:
@@ -28,14 +39,9 @@ def package_versions(names: tuple[str, ...]) -> dict[str, str | None]:
     return {name: _version(name) for name in names}
 
 
-@cache
 def device_kind() -> str:
-    """What computes: "cpu-<machine>", or the name of the first CUDA GPU that torch will see."""
-    gpu = gpu_name()
-    torch_version = _version("torch") or ""
-    if gpu is None or torch_version.endswith("+cpu") or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return f"cpu-{platform.machine()}"
-    return gpu
+    """What computes: this version knows the CPU alone, whatever GPU there is."""
+    return f"cpu-{platform.machine()}"
 
 
 def gpu_name() -> str | None:

@@ -1,17 +1,18 @@
 """The result records of a run, with a schema version on each, and the folder that holds them.
 
-    <results>/<suite>/<run id>/
-        run.json                       what was asked, resolved; provenance; stages and their keys
-        tasks.jsonl                    a row a (variant, task, metric)
-        diagnostics.jsonl              a row a variant
-        diagnostics_sequences.jsonl    a row a (variant, sequence): what paired differences need
-        training/<variant>.jsonl       a row a step
-        samples/<variant>.<task>.jsonl.zst
-        table.md, table.csv, table.json
+<results>/<suite>/<run id>/
+    run.json                       what was asked, resolved; provenance; stages and their keys
+    tasks.jsonl                    a row a (variant, task, metric)
+    diagnostics.jsonl              a row a variant
+    diagnostics_sequences.jsonl    a row a (variant, sequence): what paired differences need
+    training/<variant>.jsonl       a row a step
+    samples/<variant>.<task>.jsonl.zst
+    table.md, table.csv, table.json
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -31,18 +32,23 @@ def open_results(folder: Path) -> Path:
         if folder.exists() and not folder.is_dir():
             raise StoreError(f"--results {folder}: is a file; give a folder")
         if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
-            raise StoreError(f"--results {folder}: not empty and not a results folder of this harness (it has no {MARKER}); give another")
+            raise StoreError(
+                f"--results {folder}: not empty and not a results folder of this harness (it has no {MARKER}); give another"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MARKER).is_file():
-            write_json(folder / MARKER, {"schema": SCHEMA, "what": "results of qad-harness; journals/ holds paid-for responses"})
+            write_json(
+                folder / MARKER, {"schema": SCHEMA, "what": "results of qad-harness; journals/ holds paid-for responses"}
+            )
     return folder
 
 
 def open_run(results: Path, suite: str, digest: str) -> Path:
     """The folder of the run with this plan: the one that exists, or a new one named by time and plan."""
     for path in sorted((results / suite).glob("*/run.json"), reverse=True):
-        if read_json(path).get("plan") == digest:
-            return path.parent
+        with contextlib.suppress(StoreError):  # an older run that cannot be read is not this one
+            if read_json(path).get("plan") == digest:
+                return path.parent
     folder = results / suite / f"{time.strftime('%Y%m%d-%H%M%S')}-{digest[:8]}"
     with disk_errors(f"the results folder {results}"):
         folder.mkdir(parents=True)
@@ -61,7 +67,10 @@ def write_rows(folder: Path, stages: list[tuple[Any, StoredStage]]) -> None:
         for stage, stored in stages:
             if stage.kind == "evaluate":
                 tasks += _task_rows(stage, read_json(stored.folder / "result.json"))
-                _copy(stored.folder / "samples.jsonl.zst", folder / "samples" / f"{stage.variant.name}.{stage.task.name}.jsonl.zst")
+                _copy(
+                    stored.folder / "samples.jsonl.zst",
+                    folder / "samples" / f"{stage.variant.name}.{stage.task.name}.jsonl.zst",
+                )
             elif stage.kind == "diagnostics":
                 result = read_json(stored.folder / "result.json")
                 diagnostics.append({"schema": SCHEMA, "variant": stage.variant.name, **result})
@@ -70,7 +79,9 @@ def write_rows(folder: Path, stages: list[tuple[Any, StoredStage]]) -> None:
             elif stage.kind == "train":
                 _copy(stored.folder / "training.jsonl", folder / "training" / f"{stage.variant.name}.jsonl")
         for name, rows in (("tasks", tasks), ("diagnostics", diagnostics), ("diagnostics_sequences", sequences)):
-            write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows))
+            write_text(
+                folder / f"{name}.jsonl", "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows)
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -58,16 +58,24 @@ def _do(plan: Plan, store: Store, results: Path, folder: Path, reporter: Reporte
     from harness.stages import Workbench
 
     bench = Workbench(plan, store, results / "journals", reporter)
-    has_table = False
+    is_checked = has_table = False
     for stage in plan.stages:
         if is_done(stage, store):
             continue
+        if stage.kind not in ("model", "data") and not is_checked:
+            bench.check_suite()
+            is_checked = True
         if stage.kind == "train" and not has_table:
             _write(plan, store, folder)
             _show(folder, reporter)
             has_table = True
         began = time.monotonic()
-        record: dict[str, Any] = {"kind": stage.kind, "label": stage.label, "sections": stage.sections, "inputs": _input_digests(stage, store)}
+        record: dict[str, Any] = {
+            "kind": stage.kind,
+            "label": stage.label,
+            "sections": stage.sections,
+            "inputs": _input_digests(stage, store),
+        }
         with store.writing(stage.key, record) as stage_folder:
             record["result"] = bench.run(stage, stage_folder)
             record |= {"seconds": time.monotonic() - began, "peak_memory_bytes": _peak_memory(), "provenance": provenance()}
@@ -105,7 +113,12 @@ def _about(plan: Plan, store: Store, done: list[tuple[Stage, StoredStage]], fold
         "run": folder.name,
         "plan": plan.digest,
         "status": "complete" if all(is_done(stage, store) for stage in plan.stages) else "unfinished",
-        "model": {"path": suite.model.path, "origin": plan.source.origin, "fingerprint": plan.source.fingerprint, "notes": list(plan.source.notes)},
+        "model": {
+            "path": suite.model.path,
+            "origin": plan.source.origin,
+            "fingerprint": plan.source.fingerprint,
+            "notes": list(plan.source.notes),
+        },
         "resolved": {
             "model": suite.model.model_dump(),
             "data": {name: section.model_dump() for name, section in suite.data.items()},
@@ -115,7 +128,13 @@ def _about(plan: Plan, store: Store, done: list[tuple[Stage, StoredStage]], fold
         },
         "variants": [_variant_record(plan, variant, done) for variant in plan.variants],
         "stages": [
-            {"kind": s.kind, "label": s.label, "key": s.key, "digest": f.digest, **{k: f.record[k] for k in ("inputs", "seconds", "peak_memory_bytes", "provenance")}}
+            {
+                "kind": s.kind,
+                "label": s.label,
+                "key": s.key,
+                "digest": f.digest,
+                **{k: f.record[k] for k in ("inputs", "seconds", "peak_memory_bytes", "provenance")},
+            }
             for s, f in done
         ],
         "provenance": provenance(),

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from harness import data, evaluate, loading
 from harness.data import Sequence
 from harness.engines.hf import HfEngine
 from harness.errors import DataError, HarnessError
-from harness.models import download
+from harness.models import download, folder_fingerprint
 from harness.plan import Plan, Stage
 from harness.progress import Reporter
 from harness.store import Store, write_json, write_text
@@ -32,6 +33,7 @@ from qad.recipe import Recipe, match
 
 FORWARD_TOKENS = 2048
 """Tokens of a forward pass without gradient, for calibration and diagnostics."""
+_SPLIT_OF = {"calibrate": "calibration", "diagnostics": "diagnostics"}
 VALIDATION_SEQUENCES = 8
 """Held-out sequences on which saturation is checked and exports are compared."""
 TEACHER_MEMORY_BYTES = 1 << 30
@@ -45,7 +47,7 @@ class Workbench:
         self.plan, self.store, self.journals, self.reporter = plan, store, journals, reporter
         self._loaded: dict[str, Loaded] = {}
         self._teacher_hidden: dict[str, list[Tensor]] = {}
-        loading.prepare_libraries()
+        loading.quiet_libraries()
 
     def run(self, stage: Stage, folder: Path) -> dict[str, Any]:
         """Do the work of `stage` into `folder`; returns what its record says beside keys and digests."""
@@ -59,6 +61,18 @@ class Workbench:
             "diagnostics": self._diagnostics,
         }
         return work[stage.kind](stage, folder)
+
+    def check_suite(self) -> None:
+        """Raise now what would otherwise end the run after hours: recipes that do not fit, text that is too short."""
+        bf16 = self.plan.stages[0]
+        for variant in self.plan.variants:
+            if variant.quantization is not None:
+                match(self._load(bf16).model, _recipe(variant.quantization))
+        for stage in self.plan.stages:
+            if stage.kind == "train":
+                self._training_batches(stage)
+            elif stage.kind in ("calibrate", "diagnostics"):
+                self._sequences(stage.inputs["data"], _SPLIT_OF[stage.kind], stage.sections["samples"])
 
     def folder_of(self, stage: Stage) -> Path:
         """Where the files of a stage are that is done, or that needs nothing done."""
@@ -80,9 +94,12 @@ class Workbench:
         model_folder = self.folder_of(stage.inputs["model"])
         tokenizer = loading.load_tokenizer(model_folder)
         with self.reporter.track(stage.label):
-            ids = loading.eos_ids(self._load(stage.inputs["model"]).model.config, tokenizer)
+            ids = loading.eos_ids(model_folder, tokenizer)
             splits = data.builtin_sequences(tokenizer, seq_len=section["seq_len"], seed=section["seed"], eos_ids=ids)
-        save_file({f"{name}.{part}": tensor for name, sequences in splits.items() for part, tensor in _as_tensors(sequences).items()}, folder / "sequences.safetensors")
+        save_file(
+            {f"{name}.{part}": tensor for name, sequences in splits.items() for part, tensor in _as_tensors(sequences).items()},
+            folder / "sequences.safetensors",
+        )
         counts = {
             name: {"sequences": len(s), "tokens": sum(map(len, s)), "response_tokens": sum(sum(q.is_response) for q in s)}
             for name, s in splits.items()
@@ -90,7 +107,7 @@ class Workbench:
         return {"splits": counts}
 
     def _calibrate(self, stage: Stage, folder: Path) -> dict[str, Any]:
-        sequences = self._sequences(stage.inputs["data"], "calibration", stage.sections["samples"])
+        sequences = self._sequences(stage.inputs["data"], _SPLIT_OF[stage.kind], stage.sections["samples"])
         batches = [_inputs(batch) for batch in _batches(sequences)]
         with self.reporter.track(stage.label) as advance:
             amax = calibrate(self._load(stage.inputs["model"]).model, _recipe(_quantization(stage)), _ticking(batches, advance))
@@ -100,7 +117,11 @@ class Workbench:
     def _quantize(self, stage: Stage, folder: Path) -> dict[str, Any]:
         quantization = _quantization(stage)
         student, targets = self._fresh_student(stage)
-        record: dict[str, Any] = {"start_digest": encoding_digest(student["modules"]), "quantized": list(targets.members), "excluded": list(targets.excluded)}
+        record: dict[str, Any] = {
+            "start_digest": encoding_digest(student["modules"]),
+            "quantized": list(targets.members),
+            "excluded": list(targets.excluded),
+        }
         with self.reporter.track(stage.label) as advance:
             batches = _batches(self._sequences(stage.inputs["data"], "validation", VALIDATION_SEQUENCES))
             with counting_blocks(student["model"]) as counts:
@@ -116,6 +137,8 @@ class Workbench:
         start = self.store.find(stage.inputs["start"].key)
         assert start is not None
         batches, budget = self._training_batches(stage)
+        if budget["epochs_read"] > 1:
+            self.reporter.say(f"  {stage.label}: the budget reads the training data {budget['epochs_read']} times")
         student, targets = self._fresh_student(stage)
         optimization = Optimization(
             lr=settings.lr, schedule=settings.schedule, warmup_steps=settings.warmup_steps, clip_norm=settings.clip_norm
@@ -131,7 +154,12 @@ class Workbench:
         if done.start_digest != start.record["result"]["start_digest"]:
             raise HarnessError(f"{stage.label}: step 0 does not encode to the PTQ checkpoint; delete the cache and report this")
         write_text(folder / "training.jsonl", "".join(json.dumps(dataclasses.asdict(step)) + "\n" for step in done.steps))
-        record = {"budget": budget, **_training_summary(done), "quantized": list(targets.members), "excluded": list(targets.excluded)}
+        record = {
+            "budget": budget,
+            **_training_summary(done),
+            "quantized": list(targets.members),
+            "excluded": list(targets.excluded),
+        }
         return record | self._export(stage, folder, student["model"], targets)
 
     def _evaluate(self, stage: Stage, folder: Path) -> dict[str, Any]:
@@ -139,14 +167,16 @@ class Workbench:
         checkpoint = stage.inputs["checkpoint"]
         engine_section = self.plan.suite.engine
         loaded = self._load(checkpoint)
-        tokenizer = loading.load_tokenizer(self.folder_of(checkpoint))
-        engine = HfEngine(loaded, tokenizer, eos_ids=loading.eos_ids(loaded.model.config, tokenizer), args=engine_section.args)
+        folder_of_checkpoint = self.folder_of(checkpoint)
+        tokenizer = loading.load_tokenizer(folder_of_checkpoint)
+        eos_ids = loading.eos_ids(folder_of_checkpoint, tokenizer)
+        engine = HfEngine(loaded, tokenizer, eos_ids=eos_ids, args=engine_section.args)
         began = time.monotonic()
         with self.reporter.track(stage.label) as advance:
             found = evaluate.evaluate_task(
                 stage.task.name,
                 engine,
-                weights=self._weights(checkpoint),
+                weights=folder_fingerprint(folder_of_checkpoint, self.store),
                 journals=self.journals,
                 limit=stage.task.limit,
                 on_progress=lambda done, total: advance(done, total, ""),
@@ -157,24 +187,21 @@ class Workbench:
 
     def _diagnostics(self, stage: Stage, folder: Path) -> dict[str, Any]:
         teacher_stage, checkpoint = stage.inputs["model"], stage.inputs["checkpoint"]
-        batches = _batches(self._sequences(stage.inputs["data"], "diagnostics", stage.sections["samples"]))
+        batches = _batches(self._sequences(stage.inputs["data"], _SPLIT_OF[stage.kind], stage.sections["samples"]))
         teacher, candidate = self._load(teacher_stage), self._load(checkpoint)
-        passes = 1 if teacher_stage.key in self._teacher_hidden else 2
-        total = len(batches) * (1 if candidate is teacher else passes)
+        is_known = teacher_stage.key in self._teacher_hidden
+        total = len(batches) * (1 if is_known else 2)
         with self.reporter.track(stage.label) as advance:
-            done = 0
+            ticks = count(1)
 
             def tick() -> None:
-                nonlocal done
-                done += 1
-                advance(done, total, "")
+                advance(next(ticks), total, "")
 
             teacher_hidden = self._teacher_states(teacher_stage, teacher, batches, tick)
-            is_teacher = candidate is teacher
-            hidden = teacher_hidden if is_teacher else divergence.final_hidden(candidate.model, batches, tick)
+            hidden = teacher_hidden if candidate is teacher else divergence.final_hidden(candidate.model, batches)
             heads = [loaded.model.get_output_embeddings().weight for loaded in (candidate, teacher)]
             with counting_blocks(candidate.model) as counts:
-                response, everything = divergence.measure(hidden, heads[0], teacher_hidden, heads[1], batches)
+                response, everything = divergence.measure(hidden, heads[0], teacher_hidden, heads[1], batches, on_batch=tick)
         result = {
             "response": dataclasses.asdict(divergence.summarize(response)),
             "all": dataclasses.asdict(divergence.summarize(everything)),
@@ -209,7 +236,9 @@ class Workbench:
             expected, found = student.eval()(**batch, use_cache=False).logits, loaded.model(**batch, use_cache=False).logits
         if not torch.equal(expected, found):
             difference = float((expected.float() - found.float()).abs().max())
-            raise HarnessError(f"{stage.label}: the exported checkpoint does not reproduce the model in memory (logits differ by up to {difference:g}); report this")
+            raise HarnessError(
+                f"{stage.label}: the exported checkpoint does not reproduce the model in memory (logits differ by up to {difference:g}); report this"
+            )
         return {"load_back": "identical logits"}
 
     def _training_batches(self, stage: Stage) -> tuple[list[Batch], dict[str, Any]]:
@@ -221,16 +250,23 @@ class Workbench:
         if settings.loss_on == "all":
             chosen = [Sequence(s.token_ids, (True,) * len(s)) for s in chosen]
         batches = [_batch(chosen[i : i + settings.batch_size]) for i in range(0, len(chosen), settings.batch_size)]
-        if epochs > 1:
-            self.reporter.say(f"  {stage.label}: the budget reads the training data {epochs} times")
         tokens = sum(batch.n_tokens for batch in batches)
         loss_tokens = sum(int(batch.loss_mask[:, 1:].sum()) for batch in batches)
-        return batches, {"tokens": tokens, "loss_tokens": loss_tokens, "steps": len(batches), "epochs_read": epochs, "lr": settings.lr}
+        return batches, {
+            "tokens": tokens,
+            "loss_tokens": loss_tokens,
+            "steps": len(batches),
+            "epochs_read": epochs,
+            "lr": settings.lr,
+        }
 
     def _teacher_states(self, stage: Stage, teacher: Loaded, batches: list[Batch], tick: Any) -> list[Tensor]:
         found = self._teacher_hidden.get(stage.key)
         if found is None:
-            found = list(divergence.final_hidden(teacher.model, batches, tick))
+            found = []
+            for hidden in divergence.final_hidden(teacher.model, batches):
+                found.append(hidden)
+                tick()
             if sum(tensor.numel() * tensor.element_size() for tensor in found) <= TEACHER_MEMORY_BYTES:
                 self._teacher_hidden = {stage.key: found}
         return found
@@ -243,20 +279,13 @@ class Workbench:
             self._loaded[stage.key] = loading.load_model(self.folder_of(stage))
         return self._loaded[stage.key]
 
-    def _weights(self, stage: Stage) -> str:
-        """Fingerprint of the weights that a stage serves."""
-        if stage.is_external:
-            assert stage.source is not None
-            return stage.source.fingerprint.replace(":", "-").replace("/", "-")
-        found = self.store.find(stage.key)
-        assert found is not None
-        return found.digest
-
     def _sequences(self, stage: Stage, split: str, count: int | None) -> list[Sequence]:
         tensors = load_file(self.folder_of(stage) / "sequences.safetensors")
         lengths = tensors[f"{split}.lengths"].tolist()
         if count is not None and count > len(lengths):
-            raise DataError(f"{stage.label}: the {split} split has {len(lengths)} sequences, {count} are asked for; lower samples or add data")
+            raise DataError(
+                f"{stage.label}: the {split} split has {len(lengths)} sequences, {count} are asked for; lower samples or add data"
+            )
         ids, mask = tensors[f"{split}.token_ids"].tolist(), tensors[f"{split}.is_response"].tolist()
         rows = [Sequence(tuple(ids[i][:n]), tuple(map(bool, mask[i][:n]))) for i, n in enumerate(lengths)]
         return rows if count is None else rows[:count]

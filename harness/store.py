@@ -1,8 +1,8 @@
 """Finished stages on disk: atomic, content-addressed, verified on read. Nothing ever writes into a finished stage.
 
-    <cache>/stages/<key>/stage.json    what it was made of and the digests of its files
-    <cache>/stages/<key>/files/        the files
-    <cache>/digests.json               file digests by path, size and time, so that nothing large is read twice
+<cache>/stages/<key>/stage.json    what it was made of and the digests of its files
+<cache>/stages/<key>/files/        the files
+<cache>/digests.json               file digests by path, size and time, so that nothing large is read twice
 """
 
 from __future__ import annotations
@@ -132,7 +132,9 @@ def disk_errors(what: str) -> Iterator[None]:
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else _errno_in(str(error))
         if number in _DISK_FULL:
-            raise StoreError(f"{what}: the disk is full or a quota is reached; what was finished stays; make room and run again") from error
+            raise StoreError(
+                f"{what}: the disk is full or a quota is reached; what was finished stays; make room and run again"
+            ) from error
         if isinstance(error, PermissionError):
             raise StoreError(f"{what}: no permission to write {error.filename}; choose another folder") from error
         raise

@@ -201,7 +201,11 @@ def load_suite(path: Path) -> Suite:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else "; give the path of a TOML file, such as suites/quickstart.toml"
+        hint = (
+            f"; did you mean {path.parent / near[0]}?"
+            if near
+            else "; give the path of a TOML file, such as suites/quickstart.toml"
+        )
         raise SuiteError(f"{path}: there is no such suite{hint}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SuiteError(f"{path}: not TOML: {error}") from None
@@ -260,7 +264,12 @@ class _Validation:
             training = self._section(file, "training", Training, variant.training, where) if trained else None
             if variant.method == "checkpoint" and variant.path is None:
                 self._add(f"{where}.path", 'missing; method = "checkpoint" needs the folder of the checkpoint')
-            for key, allowed in (("path", variant.method == "checkpoint"), ("data", trained), ("training", trained), ("quantization", quantized)):
+            for key, allowed in (
+                ("path", variant.method == "checkpoint"),
+                ("data", trained),
+                ("training", trained),
+                ("quantization", quantized),
+            ):
                 if getattr(variant, key) and not allowed:
                     self._add(f"{where}.{key}", f'has no effect with method = "{variant.method}"; remove it')
             data = variant.data or (next(iter(file.data)) if len(file.data) == 1 else None)
@@ -269,8 +278,12 @@ class _Validation:
             seeds = (training.seeds if training else None) or (None,)
             for seed in seeds:
                 name = variant.name if seed is None else f"{variant.name}-seed{seed}"
-                own = training if training is None or seed is None else training.model_copy(update={"seed": seed, "seeds": None})
-                resolved.append(ResolvedVariant(name, variant.method, quantization, own, data if trained else None, variant.path))
+                own = (
+                    training if training is None or seed is None else training.model_copy(update={"seed": seed, "seeds": None})
+                )
+                resolved.append(
+                    ResolvedVariant(name, variant.method, quantization, own, data if trained else None, variant.path)
+                )
         for name in _repeated([variant.name for variant in resolved]):
             self._add("variant", f'the name "{name}" is repeated; names of variants must differ')
         if not any(variant.method == "bf16" for variant in resolved):
@@ -293,7 +306,11 @@ class _Validation:
         known = known_tasks()
         for index, task in enumerate(file.task):
             if task.name not in known:
-                self._add(f"task[{index}].name", f'unknown task "{task.name}"; lm-eval\'s own tasks are not available in this version', near=(task.name, known))
+                self._add(
+                    f"task[{index}].name",
+                    f'unknown task "{task.name}"; lm-eval\'s own tasks are not available in this version',
+                    near=(task.name, known),
+                )
         for name in _repeated([task.name for task in file.task]):
             self._add("task", f'the name "{name}" is repeated; a task is asked once')
         if not file.task and file.diagnostics is None:
@@ -323,9 +340,9 @@ class _Validation:
             for name in _repeated([n for n in names if isinstance(n, str)]):
                 self._add(key, f'the name "{name}" is repeated')
             if key == "task":
-                for index, name in enumerate(names):
-                    if isinstance(name, str) and name not in known_tasks():
-                        self._add(f"task[{index}].name", f'unknown task "{name}"', near=(name, known_tasks()))
+                for index, task in enumerate(names):
+                    if isinstance(task, str) and task not in known_tasks():
+                        self._add(f"task[{index}].name", f'unknown task "{task}"', near=(task, known_tasks()))
 
     def _parse(self, schema: type[Any], raw: Any, where: str) -> Any:
         try:

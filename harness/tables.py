@@ -79,7 +79,13 @@ def paired_kl(sequences: list[dict[str, Any]], variants: list[dict[str, Any]]) -
             assert all(a["sequence"] == b["sequence"] and a["n_tokens"] == b["n_tokens"] for a, b in pairs)
             value, stderr = ratio_with_stderr([a["kl_sum"] - b["kl_sum"] for a, b in pairs], [a["n_tokens"] for a, _ in pairs])
             found.append(
-                {"candidate": candidate["name"], "baseline": baseline["name"], "difference": value, "stderr": stderr, "n_sequences": len(pairs)}
+                {
+                    "candidate": candidate["name"],
+                    "baseline": baseline["name"],
+                    "difference": value,
+                    "stderr": stderr,
+                    "n_sequences": len(pairs),
+                }
             )
     return found
 
@@ -157,7 +163,8 @@ def _score(task: dict[str, Any] | None) -> str:
         return MISSING
     metric = task["metrics"][task["primary"]]
     mark = "*" if task["is_partial"] else ""
-    return _with_error(*(None if metric[k] is None else 100 * metric[k] for k in ("value", "stderr")), 1) + mark
+    value, stderr = (None if metric[part] is None else 100 * metric[part] for part in ("value", "stderr"))
+    return _with_error(value, stderr, 1) + mark
 
 
 def _with_error(value: float | None, stderr: float | None, digits: int) -> str:
@@ -172,10 +179,15 @@ def _number(value: float | None, digits: int) -> str:
 
 def _notes(table: dict[str, Any], names: list[str]) -> list[str]:
     rows = table["rows"]
-    notes = [f"{note}; damage by quantization at this size is far larger than on real models." for note in table["model"]["notes"]]
+    notes = [
+        f"{note}; damage by quantization at this size is far larger than on real models." for note in table["model"]["notes"]
+    ]
     if table["status"] != "complete":
         notes.append(f"This run is {table['status']}: rows without figures are still to come.")
-    counts = {name: {row["tasks"][name]["metrics"][row["tasks"][name]["primary"]]["n_scored"] for row in rows if name in row["tasks"]} for name in names}
+    counts = {
+        name: {row["tasks"][name]["metrics"][row["tasks"][name]["primary"]]["n_scored"] for row in rows if name in row["tasks"]}
+        for name in names
+    }
     if names:
         sizes = ", ".join(f"{name} {'/'.join(map(str, sorted(n)))}" for name, n in counts.items())
         notes.append(f"Scores: percent ± standard error over questions; questions scored: {sizes}.")
@@ -256,7 +268,9 @@ def _csv(table: dict[str, Any]) -> str:
         for name in names:
             task = row["tasks"].get(name)
             metric = task["metrics"][task["primary"]] if task else {}
-            cells += [metric.get(part) for part in ("value", "stderr", "n_scored", "n_total")] + [task["incomplete_rate"] if task else None]
+            cells += [metric.get(part) for part in ("value", "stderr", "n_scored", "n_total")] + [
+                task["incomplete_rate"] if task else None
+            ]
         response = row["diagnostics"]["response"] if row["diagnostics"] else {}
         budget = row["budget"] or {}
         cells += [response.get(column) for column in diagnostic_columns]

@@ -88,7 +88,9 @@ def load_checkpoint(folder: Path) -> Loaded:
     model = _build(folder, config, tensors)
     with_input = {scale is not None for scale in input_scales.values()}
     if len(with_input) > 1:
-        raise CheckpointError(f"{folder}: some quantized layers have an input_scale and some have none; it must be one or the other")
+        raise CheckpointError(
+            f"{folder}: some quantized layers have an input_scale and some have none; it must be one or the other"
+        )
     linears = tuple(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
     strangers = sorted(set(encodings) - set(linears))
     if strangers:
@@ -244,8 +246,13 @@ def _build(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> 
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             nvfp4.require_finite(tensor.float(), f"{folder}: {name}")
-    model_config = AutoConfig.for_model(**config)
-    architecture = AutoModelForCausalLM._model_mapping[type(model_config)]
+    try:
+        model_config = AutoConfig.for_model(**config)
+        architecture = AutoModelForCausalLM._model_mapping[type(model_config)]
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: model_type {config.get('model_type')!r} is no causal language model that transformers knows natively"
+        ) from error
     model, report = architecture.from_pretrained(
         None, config=model_config, state_dict=tensors, dtype=torch.bfloat16, output_loading_info=True
     )

@@ -127,9 +127,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         saturated = masters.project()
-        step = Step(
-            index, value, lr, grad_norm, batch.n_tokens, n_loss_tokens, saturated, time.perf_counter() - began
-        )
+        step = Step(index, value, lr, grad_norm, batch.n_tokens, n_loss_tokens, saturated, time.perf_counter() - began)
         steps.append(step)
         on_step(step)
     codes_changed, block_scales_changed = masters.changed_since(start)

@@ -49,16 +49,21 @@ class Divergence:
 
 
 @torch.no_grad()
-def final_hidden(model: Any, batches: Iterable[Batch], on_batch: Callable[[], None] = lambda: None) -> Iterator[Tensor]:
+def final_hidden(model: Any, batches: Iterable[Batch]) -> Iterator[Tensor]:
     """Last hidden states (sequences, tokens, width) of `model`, batch by batch."""
     for batch in batches:
         hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         yield hidden.last_hidden_state
-        on_batch()
 
 
 def measure(
-    candidate_hidden: Iterable[Tensor], candidate_head: Tensor, teacher_hidden: Iterable[Tensor], teacher_head: Tensor, batches: Iterable[Batch]
+    candidate_hidden: Iterable[Tensor],
+    candidate_head: Tensor,
+    teacher_hidden: Iterable[Tensor],
+    teacher_head: Tensor,
+    batches: Iterable[Batch],
+    *,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> tuple[list[SequenceDivergence], list[SequenceDivergence]]:
     """Divergence of each sequence over its response tokens, and over all its tokens but the first.
 
@@ -68,22 +73,32 @@ def measure(
     Raises:
         NonFiniteError: a KL or CE that is not finite.
     """
-    response, everything = [], []
+    response: list[SequenceDivergence] = []
+    everything: list[SequenceDivergence] = []
     for candidate, teacher, batch in zip(candidate_hidden, teacher_hidden, batches, strict=True):
         for row in range(len(batch.input_ids)):
             length = int(batch.attention_mask[row].sum())
             tokens = token_divergence(
-                candidate[row, : length - 1], candidate_head, teacher[row, : length - 1], teacher_head, batch.input_ids[row, 1:length]
+                candidate[row, : length - 1],
+                candidate_head,
+                teacher[row, : length - 1],
+                teacher_head,
+                batch.input_ids[row, 1:length],
             )
             if not bool(torch.isfinite(tokens.kl).all() and torch.isfinite(tokens.ce).all()):
-                raise NonFiniteError(f"sequence {len(everything)}: KL or CE is NaN or infinite; the candidate's logits overflow")
+                raise NonFiniteError(
+                    f"sequence {len(everything)}: KL or CE is NaN or infinite; the candidate's logits overflow"
+                )
             mask = batch.loss_mask[row, 1:length]
             for found, chosen in ((response, mask), (everything, torch.ones_like(mask))):
                 found.append(
                     SequenceDivergence(
-                        tuple(tokens.kl[chosen].tolist()), float(tokens.ce[chosen].double().sum()), float(tokens.top1[chosen].sum())
+                        tuple(tokens.kl[chosen].tolist()),
+                        float(tokens.ce[chosen].double().sum()),
+                        float(tokens.top1[chosen].sum()),
                     )
                 )
+        on_batch()
     return response, everything
 
 

@@ -24,9 +24,10 @@ _SMALLEST_SLICE = 1 << 16
 """Elements below which a second thread costs more than it saves."""
 
 
+@cache
 def backend(device: torch.device) -> str:
     """The name of what computes on `device`: "numba" or "torch"."""
-    return "numba" if device.type == "cpu" and _numba_kernels() is not None else "torch"
+    return "numba" if device.type == "cpu" and importlib.util.find_spec("numba") is not None else "torch"
 
 
 def fake_quantize(x: Tensor, tensor_scale: Tensor, *, name: str = "activation") -> Tensor:
@@ -36,7 +37,7 @@ def fake_quantize(x: Tensor, tensor_scale: Tensor, *, name: str = "activation") 
     x = x.detach().contiguous()
     out = torch.empty_like(x)
     source, target = _bits(x, torch.int16, "uint16"), _bits(out, torch.int16, "uint16")
-    kernel = _numba_kernels()["fake_quantize"]
+    kernel = _numba().fake_quantize
     bad = _in_slices(lambda lo, hi: kernel(source[lo:hi], target[lo:hi], float(tensor_scale)), len(source))
     if any(bad):
         nvfp4.require_finite(x, name)
@@ -66,7 +67,7 @@ def project(master: Tensor, tensor_scale: Tensor, live: Tensor, *, name: str = "
     source = master.detach().float().contiguous().view(-1).numpy()
     target = _bits(live.detach(), torch.int16, "uint16")
     codes, scales = packed.view(-1).numpy(), block_scale.view(-1).numpy()
-    kernel = _numba_kernels()["project"]
+    kernel = _numba().project
 
     def work(lo: int, hi: int) -> tuple[int, int]:
         block = slice(lo // BLOCK_SIZE, hi // BLOCK_SIZE)
@@ -98,9 +99,7 @@ def _in_slices(work: Any, size: int) -> list[Any]:
 
 
 @cache
-def _numba_kernels() -> dict[str, Any] | None:
-    if importlib.util.find_spec("numba") is None:
-        return None
-    from qad import _numba
+def _numba() -> Any:
+    from qad import _numba as compiled
 
-    return {"fake_quantize": _numba.fake_quantize, "project": _numba.project}
+    return compiled

@@ -68,7 +68,9 @@ class _ChunkedLoss(torch.autograd.Function):
             if teacher_hidden is None or teacher_head is None:
                 loss -= student.gather(1, labels[part, None]).sum()
                 logits_gradient = student.exp_()
-                logits_gradient.scatter_add_(1, labels[part, None], torch.full_like(labels[part, None], -1, dtype=torch.float32))
+                logits_gradient.scatter_add_(
+                    1, labels[part, None], torch.full_like(labels[part, None], -1, dtype=torch.float32)
+                )
             else:
                 teacher = _log_probabilities(teacher_hidden[part], teacher_head)
                 loss += _kl(student, teacher).sum()

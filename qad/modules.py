@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from qad import kernels
 from qad.errors import CalibrationError
-from qad.nvfp4 import E2M1_MAX, E4M3_MAX, E4M3_SMALLEST, Packed, blocks
+from qad.nvfp4 import E2M1_MAX, E4M3_MAX, E4M3_SMALLEST, Packed, blocks, require_finite
 from qad.recipe import FusedGroup, Recipe, match
 from qad.scales import tensor_scale_for
 
@@ -127,10 +127,10 @@ def quantize_model(model: nn.Module, recipe: Recipe, input_amax: dict[str, float
     """
     changed: dict[str, QuantizedLinear] = {}
     for group in match(model, recipe).groups:
-        linears = [model.get_submodule(name) for name in group.members]
-        weight_amax = max(float(linear.weight.detach().abs().amax()) for linear in linears)  # type: ignore[operator, union-attr]
-        for name, linear in zip(group.members, linears, strict=True):
-            kernels.nvfp4.require_finite(linear.weight, f"{name}.weight")  # type: ignore[arg-type]
+        weights = {name: model.get_parameter(f"{name}.weight").detach() for name in group.members}
+        for name, weight in weights.items():
+            require_finite(weight, f"{name}.weight")
+        weight_amax = max(float(weight.abs().amax()) for weight in weights.values())
         weight_scale = tensor_scale_for(weight_amax, power_of_two=recipe.power_of_two)
         input_scale = None
         if recipe.activations:

@@ -80,9 +80,9 @@ def match(model: nn.Module, recipe: Recipe) -> Targets:
                 f"{name}: input width {linears[name].in_features} is not a multiple of {BLOCK_SIZE}, the NVFP4 block; "
                 f'add "{name}" to exclude'
             )
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    tables: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     for name in chosen:
-        if embedding is not None and linears[name].weight is getattr(embedding, "weight", None):
+        if any(linears[name].weight is table.weight for table in tables):
             raise RecipeError(f'{name}: shares its weight with the embedding, which stays BF16; add "{name}" to exclude')
     return Targets(groups_of(chosen, tuple(linears)), tuple(excluded))
 

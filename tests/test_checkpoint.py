@@ -82,7 +82,9 @@ def test_bits_a_weight_count_packed_codes_and_scales(packed):
     quantized = sum(2 * t.numel() for t in tensors.values() if t.dtype is torch.uint8)
     others = sum(t.numel() for n, t in tensors.items() if t.dtype is torch.bfloat16)
     scalars = sum(t.numel() for n, t in tensors.items() if t.dtype is torch.float32)
-    assert footprint(folder).bits_per_weight == pytest.approx((4.5 * quantized + 16 * others + 32 * scalars) / (quantized + others))
+    assert footprint(folder).bits_per_weight == pytest.approx(
+        (4.5 * quantized + 16 * others + 32 * scalars) / (quantized + others)
+    )
     assert footprint(folder).checkpoint_bytes == (folder / "model.safetensors").stat().st_size
 
 
@@ -92,7 +94,7 @@ def test_a_folder_without_weights_has_no_footprint(tmp_path):
 
 
 def test_a_foreign_checkpoint_with_only_hf_quant_config_is_read(packed):
-    folder, model = packed
+    folder, _model = packed
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -153,8 +155,13 @@ def test_a_nan_scale_and_a_nan_weight_are_named(packed):
     [
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, "this version reads ModelOpt's layout"),
         ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}, "quant_algo 'FP8'"),
+        ({"model_type": "clip"}, "model_type 'clip' is no causal language model"),
+        ({"model_type": "nonsense"}, "model_type 'nonsense' is no causal language model"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "remote code"),
-        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_scheme": {"num_bits": 8}}}, "KV cache"),
+        (
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_scheme": {"num_bits": 8}}},
+            "KV cache",
+        ),
     ],
 )
 def test_what_this_version_cannot_read_is_said(packed, config, message):
@@ -176,7 +183,5 @@ def test_the_packed_bytes_are_those_of_the_encoding(packed):
     folder, model = packed
     tensors = load_file(folder / "model.safetensors")
     module = model.get_submodule(PREFIX)
-    again = nvfp4.Packed(
-        tensors[f"{PREFIX}.weight"], tensors[f"{PREFIX}.weight_scale"], tensors[f"{PREFIX}.weight_scale_2"]
-    )
+    again = nvfp4.Packed(tensors[f"{PREFIX}.weight"], tensors[f"{PREFIX}.weight_scale"], tensors[f"{PREFIX}.weight_scale_2"])
     assert torch.equal(nvfp4.dequantize(again), module.weight)

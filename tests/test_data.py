@@ -70,7 +70,12 @@ def test_at_least_100_sequences_are_held_out_for_diagnostics_of_both_kinds(split
 
 
 def test_tasks_ask_at_least_200_questions_and_sizes_agree_with_the_data_sets():
-    builders = {"mini_math": mini.math_dataset, "mini_recall": mini.recall_dataset, "mini_choice": mini.choice_dataset, "mini_context": mini.context_dataset}
+    builders = {
+        "mini_math": mini.math_dataset,
+        "mini_recall": mini.recall_dataset,
+        "mini_choice": mini.choice_dataset,
+        "mini_context": mini.context_dataset,
+    }
     for name, build in builders.items():
         rows = build()["test"]
         assert len(rows) == sizes.n_questions(name) >= 200

@@ -69,7 +69,17 @@ def test_a_run_writes_everything_that_is_promised(finished):
             assert set(task["metrics"][primary]) == {"value", "stderr", "n_scored", "n_total"}
             assert task["metrics"][primary]["n_scored"] == 8
         for part in ("response", "all"):
-            assert set(row["diagnostics"][part]) == {"kl", "kl_stderr", "kl_p50", "kl_p99", "ce", "ppl", "top1", "n_tokens", "n_sequences"}
+            assert set(row["diagnostics"][part]) == {
+                "kl",
+                "kl_stderr",
+                "kl_p50",
+                "kl_p99",
+                "ce",
+                "ppl",
+                "top1",
+                "n_tokens",
+                "n_sequences",
+            }
         samples = zstandard.decompress((run / "samples" / f"{row['variant']}.mini_math.jsonl.zst").read_bytes())
         assert len(samples.splitlines()) == 8
     assert (run / "table.md").read_text().count("\n| ") == 6  # the head, the rule below it, four variants
@@ -140,7 +150,7 @@ def test_plan_says_what_is_stored_and_how_much_there_is_to_do(same_cache, monkey
 
 
 def test_a_checkpoint_made_elsewhere_gives_the_same_figures_as_the_variant_it_came_from(same_cache, monkeypatch, tmp_path):
-    suite, results, run, cache = same_cache
+    suite, _results, run, cache = same_cache
     about = json.loads((run / "run.json").read_text())
     key = next(stage["key"] for stage in about["stages"] if stage["label"] == "quantize")
     foreign = tmp_path / "foreign"
@@ -151,7 +161,11 @@ def test_a_checkpoint_made_elsewhere_gives_the_same_figures_as_the_variant_it_ca
     head = re.sub(r"\[quantization\].*?(?=\[data)", "", head, flags=re.S)
     head = re.sub(r"\[training\].*?(?=\[\[variant)", "", head, flags=re.S)
     made = tmp_path / "made.toml"
-    made.write_text(f'{head}[[variant]]\nname = "elsewhere"\nmethod = "checkpoint"\npath = "{foreign}"\n\n{tail}'.replace('"tiny"', '"made"', 1))
+    made.write_text(
+        f'{head}[[variant]]\nname = "elsewhere"\nmethod = "checkpoint"\npath = "{foreign}"\n\n{tail}'.replace(
+            '"tiny"', '"made"', 1
+        )
+    )
     assert harness(monkeypatch, "run", made, "--results", tmp_path / "results") == 0
     (other,) = (tmp_path / "results" / "made").iterdir()
     rows = {row["variant"]: row for row in json.loads((other / "table.json").read_text())["rows"]}
@@ -224,7 +238,9 @@ def edited(suite: Path, old: str, new: str) -> Path:
         ("samples = 8 }", "samples = 8, headroom = 0.01 }", r"activation blocks saturate .* raise calibration\.headroom"),
     ],
 )
-def test_mistakes_that_only_the_model_can_show_are_one_message_and_status_2(tiny_suite, tmp_path, monkeypatch, capsys, old, new, message):
+def test_mistakes_that_only_the_model_can_show_are_one_message_and_status_2(
+    tiny_suite, tmp_path, monkeypatch, capsys, old, new, message
+):
     if old.startswith("[model]"):
         text = re.sub(r'\[model\]\npath = ".*"', '[model]\npath = "/no/such/model"', tiny_suite.read_text())
         tiny_suite.write_text(text)

@@ -42,7 +42,12 @@ def likes_truth(prompt: str, continuation: str) -> float:
 def test_an_oracle_scores_100_percent_and_a_wrong_engine_0(name, respond, tiny_tokenizer, tmp_path):
     found = evaluate(name, ScriptedEngine(tiny_tokenizer, respond), tmp_path)
     metric = found.result["metrics"]["exact_match"]
-    assert (metric["value"], metric["stderr"], metric["n_scored"], metric["n_total"]) == (1.0, 0.0, len(found.samples), len(found.samples))
+    assert (metric["value"], metric["stderr"], metric["n_scored"], metric["n_total"]) == (
+        1.0,
+        0.0,
+        len(found.samples),
+        len(found.samples),
+    )
     wrong = evaluate(name, ScriptedEngine(tiny_tokenizer, lambda prompt: "\\boxed{zebra} zebra"), tmp_path, weights="v")
     assert wrong.result["metrics"]["exact_match"]["value"] == 0.0
     assert wrong.result["incomplete_rate"] == 0.0
@@ -66,7 +71,9 @@ def test_an_engine_that_is_cut_off_is_incomplete_and_scores_0(tiny_tokenizer, tm
 
 def test_sample_rows_carry_what_pairing_and_rescoring_need(tiny_tokenizer, tmp_path):
     sample = evaluate("mini_math", ScriptedEngine(tiny_tokenizer, add_up), tmp_path, limit=3).samples[2]
-    assert {"schema", "task", "question", "requests", "cluster", "repeat", "seed", "prompt", "target", "response"} <= set(sample)
+    assert {"schema", "task", "question", "requests", "cluster", "repeat", "seed", "prompt", "target", "response"} <= set(
+        sample
+    )
     assert {"metrics", "scorer", "finish_reason", "n_tokens", "is_incomplete", "seconds"} <= set(sample)
     assert sample["prompt"].count("<|start|>user") == 2  # one worked example as a turn of its own
     assert sample["prompt"].endswith("<|start|>assistant\n")

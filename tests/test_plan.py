@@ -42,7 +42,11 @@ TRAINED = {"qat: train", "qad: train"} | rows_of("qat") | rows_of("qad")
         ("seeds", "seeds", None),
         ("lr = 1e-3", "lr = 2e-3", TRAINED),
         ("batch_size = 4", "batch_size = 2", TRAINED),
-        ("batch_size = 8 }", "batch_size = 4 }", {f"{v}: {t}" for v in ("bf16", "ptq", "qat", "qad") for t in ("mini_math", "mini_choice")}),
+        (
+            "batch_size = 8 }",
+            "batch_size = 4 }",
+            {f"{v}: {t}" for v in ("bf16", "ptq", "qat", "qad") for t in ("mini_math", "mini_choice")},
+        ),
         ("samples = 12", "samples = 13", {f"{v}: diagnostics" for v in ("bf16", "ptq", "qat", "qad")}),
         ("samples = 8 }", "samples = 9 }", {"calibrate", "quantize"} | TRAINED | rows_of("ptq")),
         ("samples = 8 }", "samples = 8, headroom = 8.0 }", {"quantize"} | TRAINED | rows_of("ptq")),
@@ -74,7 +78,11 @@ def test_weights_change_every_key(tiny_suite, tmp_path, tiny_model):
 def test_versions_and_device_are_part_of_a_key(tiny_suite, tmp_path, monkeypatch, what):
     before = keys(tiny_suite, tmp_path)
     if what == "package":
-        monkeypatch.setattr(plan, "package_versions", lambda names: dict.fromkeys(names, "0.0") if "lm-eval" in names else provenance.package_versions(names))
+        monkeypatch.setattr(
+            plan,
+            "package_versions",
+            lambda names: dict.fromkeys(names, "0.0") if "lm-eval" in names else provenance.package_versions(names),
+        )
         expected = {label for label in before if ": mini_" in label}
     elif what == "numerics":
         monkeypatch.setattr(plan, "versions", lambda: numerics.versions() | {"diagnostics": 99})

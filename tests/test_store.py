@@ -99,7 +99,10 @@ def test_a_disk_that_fills_is_one_message_and_leaves_nothing_half_written(tmp_pa
     """The limit on file sizes gives the same refusal as a full disk, from the operating system itself."""
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path), writer], capture_output=True, text=True)
     message, state = done.stdout.strip().splitlines()
-    assert message == f"the stage cache {tmp_path}: the disk is full or a quota is reached; what was finished stays; make room and run again"
+    assert (
+        message
+        == f"the stage cache {tmp_path}: the disk is full or a quota is reached; what was finished stays; make room and run again"
+    )
     assert state == "None []"
 
 

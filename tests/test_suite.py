@@ -56,14 +56,34 @@ def test_five_mistakes_are_five_lines_with_key_found_allowed_and_nearest(tiny_su
         ('name = "mini_math"', 'name = "mini_mat"', r'task\[0\]\.name: unknown task "mini_mat".*did you mean mini_math\?'),
         ('name = "mini_math"', 'name = "mini_choice"', r'task: the name "mini_choice" is repeated'),
         ('name = "ptq"', 'name = "bf16"', r'variant: the name "bf16" is repeated'),
-        ('calibration = { data = "text"', 'calibration = { data = "txt"', r'quantization\.calibration\.data: unknown data set "txt"; did you mean text\?'),
+        (
+            'calibration = { data = "text"',
+            'calibration = { data = "txt"',
+            r'quantization\.calibration\.data: unknown data set "txt"; did you mean text\?',
+        ),
         ('source = "builtin"', 'source = "bultin"', r"data\.text\.source: found 'bultin'; did you mean builtin\?"),
-        ('source = "builtin"', 'source = "hub"', r'data\.text\.source: "hub" .*not available in this version; allowed: \'builtin\''),
+        (
+            'source = "builtin"',
+            'source = "hub"',
+            r'data\.text\.source: "hub" .*not available in this version; allowed: \'builtin\'',
+        ),
         ('method = "bf16"', 'method = "ptq"', r'variant: no variant has method = "bf16"'),
-        ('method = "qad"', 'method = "qad"\nteacher = "x"', r"variant\[3\]\.teacher: another teacher .*not available in this version"),
-        ('method = "ptq"', 'method = "ptq"\ntraining = { lr = 1.0 }', r'variant\[1\]\.training: has no effect with method = "ptq"'),
+        (
+            'method = "qad"',
+            'method = "qad"\nteacher = "x"',
+            r"variant\[3\]\.teacher: another teacher .*not available in this version",
+        ),
+        (
+            'method = "ptq"',
+            'method = "ptq"\ntraining = { lr = 1.0 }',
+            r'variant\[1\]\.training: has no effect with method = "ptq"',
+        ),
         ('method = "ptq"', 'method = "checkpoint"', r"variant\[1\]\.path: missing"),
-        ('method = "qad"', 'method = "qad"\ntraining = { lrr = 1.0 }', r"variant\[3\]\.training\.lrr: unknown key; did you mean lr\?"),
+        (
+            'method = "qad"',
+            'method = "qad"\ntraining = { lrr = 1.0 }',
+            r"variant\[3\]\.training\.lrr: unknown key; did you mean lr\?",
+        ),
         ("batch_size = 8 }", "batchsize = 8 }", r"engine\.args\.batchsize: unknown key; did you mean batch_size\?"),
         ("batch_size = 8 }", "batch_size = 0 }", r"engine\.args\.batch_size: found 0; allowed: a positive integer"),
         ('loss_on = "assistant"', "", r"training\.loss_on: missing; it is required"),
@@ -102,7 +122,11 @@ def test_seeds_make_a_variant_each_and_overrides_reach_only_their_variant(tiny_s
     tiny_suite.write_text(text)
     suite = load_suite(tiny_suite)
     trained = {v.name: v.training for v in suite.variants if v.is_trained}
-    assert {name: (t.seed, t.lr) for name, t in trained.items()} == {"qat": (0, 1e-3), "qad-seed3": (3, 0.5), "qad-seed4": (4, 0.5)}
+    assert {name: (t.seed, t.lr) for name, t in trained.items()} == {
+        "qat": (0, 1e-3),
+        "qad-seed3": (3, 0.5),
+        "qad-seed4": (4, 0.5),
+    }
 
 
 def test_everything_that_is_not_available_yet_is_listed_in_the_readme():

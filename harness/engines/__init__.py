@@ -36,7 +36,7 @@ class Request:
     @property
     def hash(self) -> str:
         """sha256 of the prompt's token ids and the continuation: what is asked, whoever answers and however often."""
-        asked = {"token_ids": self.token_ids, "media": [], "continuation": self.continuation}
+        asked: dict[str, Any] = {"token_ids": self.token_ids, "media": [], "continuation": self.continuation}
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 

@@ -15,7 +15,6 @@ import datasets
 from harness.tasks.sizes import N_QUESTIONS
 from harness.tasks.world import Fact, facts
 
-
 LARGEST_TERM = 20
 EVALUATION_SEED = 20_260_101
 
@@ -66,17 +65,40 @@ def context_dataset(**metadata: Any) -> dict[str, datasets.Dataset]:
     return _dataset([context_row(rng, index) for index in range(N_QUESTIONS)])
 
 
-NAMES = "Anna Ben Clara David Emma Frank Grace Henry Irene Jack Karen Leo Maria Nora Oscar Paula Robert Sara Thomas Vera".split()
-CITIES = "Lima Oslo Cairo Rome Tokyo Delhi Boston Paris Sydney Berlin Nairobi Madrid".split()
-JOBS = "teacher doctor farmer painter pilot baker lawyer singer dentist writer nurse plumber".split()
-PETS = "dog cat parrot rabbit horse turtle hamster snake goat duck lizard pony".split()
+NAMES = [
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Frank",
+    "Grace",
+    "Henry",
+    "Irene",
+    "Jack",
+    "Karen",
+    "Leo",
+    "Maria",
+    "Nora",
+    "Oscar",
+    "Paula",
+    "Robert",
+    "Sara",
+    "Thomas",
+    "Vera",
+]
+CITIES = ["Lima", "Oslo", "Cairo", "Rome", "Tokyo", "Delhi", "Boston", "Paris", "Sydney", "Berlin", "Nairobi", "Madrid"]
+JOBS = ["teacher", "doctor", "farmer", "painter", "pilot", "baker", "lawyer", "singer", "dentist", "writer", "nurse", "plumber"]
+PETS = ["dog", "cat", "parrot", "rabbit", "horse", "turtle", "hamster", "snake", "goat", "duck", "lizard", "pony"]
 
 
 def context_row(rng: random.Random, index: int) -> dict[str, Any]:
     """One text about five people and the beginning of a sentence to end from it; every third needs two facts."""
     names, cities, jobs, pets = (rng.sample(words, 5) for words in (NAMES, CITIES, JOBS, PETS))
     people = list(zip(names, cities, jobs, pets, strict=True))
-    text = " ".join(f"{name} lives in {city}. {name} works as {_a(job)}. {name} has a {pet}." for name, city, job, pet in people)
+    text = " ".join(
+        f"{name} lives in {city}. {name} works as {_a(job)}. {name} has a {pet}." for name, city, job, pet in people
+    )
     name, city, job, pet = rng.choice(people)
     one_fact = [(f"{name} lives in", city), (f"{name} has a", pet), (f"{name} works as {_a(job).split()[0]}", job)]
     two_facts = [(f"the {job} lives in", city), (f"the {job} has a", pet)]

