@@ -93,7 +93,7 @@ def paired_kl(sequences: list[dict[str, Any]], variants: list[dict[str, Any]]) -
 def build_grid(table: dict[str, Any]) -> Grid:
     """The table as text cells: scores in percent with their standard errors, KL and CE in nats a token."""
     names = list(dict.fromkeys(name for row in table["rows"] for name in row["tasks"]))
-    columns = ("variant", *names, "KL", "CE", "ppl", "top-1", "MB", "bits/weight", "tokens trained")
+    columns = ("variant", *names, "KL", "CE", "ppl", "top-1", "MB", "bits/w", "trained")
     rows = tuple(_cells(row, names) for row in table["rows"])
     return Grid(f"{table['suite']} {table['run']}", columns, rows, tuple(_notes(table, names)))
 
