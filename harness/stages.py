@@ -22,6 +22,7 @@ from harness.errors import DataError, HarnessError
 from harness.models import download, folder_fingerprint
 from harness.plan import Plan, Stage
 from harness.progress import Reporter
+from harness.records import SCHEMA
 from harness.store import Store, write_json, write_text
 from harness.suite import Quantization
 from qad import divergence
@@ -153,7 +154,10 @@ class Workbench:
             done = train(student["model"], teacher, batches, optimization, on_step=report)
         if done.start_digest != start.record["result"]["start_digest"]:
             raise HarnessError(f"{stage.label}: step 0 does not encode to the PTQ checkpoint; delete the cache and report this")
-        write_text(folder / "training.jsonl", "".join(json.dumps(dataclasses.asdict(step)) + "\n" for step in done.steps))
+        write_text(
+            folder / "training.jsonl",
+            "".join(json.dumps({"schema": SCHEMA, **dataclasses.asdict(step)}) + "\n" for step in done.steps),
+        )
         record = {
             "budget": budget,
             **_training_summary(done),

@@ -18,6 +18,7 @@ from harness.records import SCHEMA, read_json, read_lines
 from qad.clustered import ratio_with_stderr
 
 MISSING = "–"
+SMALL_MODEL_WEIGHTS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def build_table(run: Path) -> dict[str, Any]:
             "tasks": _tasks_of(variant["name"], tasks),
             "diagnostics": measured.get(variant["name"]),
             "checkpoint_bytes": variant.get("checkpoint_bytes"),
+            "n_weights": variant.get("n_weights"),
             "bits_per_weight": variant.get("bits_per_weight"),
             "budget": variant.get("budget"),
             "codes_changed": variant.get("codes_changed"),
@@ -179,9 +181,12 @@ def _number(value: float | None, digits: int) -> str:
 
 def _notes(table: dict[str, Any], names: list[str]) -> list[str]:
     rows = table["rows"]
-    notes = [
-        f"{note}; damage by quantization at this size is far larger than on real models." for note in table["model"]["notes"]
-    ]
+    notes = [f"{note}." for note in table["model"]["notes"]]
+    n_weights = max((row["n_weights"] for row in rows if row["n_weights"]), default=None)
+    if n_weights and n_weights < SMALL_MODEL_WEIGHTS:
+        notes.append(
+            f"{n_weights / 1e6:,.1f} million weights: quantization damages so small a model far more than one of a real size."
+        )
     if table["status"] != "complete":
         notes.append(f"This run is {table['status']}: rows without figures are still to come.")
     counts = {

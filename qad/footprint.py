@@ -14,12 +14,13 @@ _SCALES = (".weight_scale", ".weight_scale_2", ".input_scale")
 
 @dataclass(frozen=True)
 class Footprint:
-    """checkpoint_bytes: of the weight files. bits_per_weight: all stored bits over the weights they decode to.
+    """checkpoint_bytes: of the weight files. n_weights: the weights that they decode to. bits_per_weight: stored bits over these.
 
     Scales count as storage, not as weights; a byte of codes is two weights.
     """
 
     checkpoint_bytes: int
+    n_weights: int
     bits_per_weight: float
 
 
@@ -35,7 +36,7 @@ def footprint(folder: Path) -> Footprint:
                 weights += count * (2 if entry["dtype"] == "U8" else 1)
     if not weights:
         raise ValueError(f"{folder}: holds no weights in safetensors files")
-    return Footprint(size, bits / weights)
+    return Footprint(size, weights, bits / weights)
 
 
 def _header(path: Path) -> dict[str, Any]:
