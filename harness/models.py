@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import ModelError
+from harness.schema import Model
 from harness.store import Store
-from harness.suite import Model
 
 _WEIGHT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".gguf")
 

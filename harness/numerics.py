@@ -1,18 +1,18 @@
 """Numerics versions: a number for each kind of stage, bumped by hand when its results change.
 
-A test fails when the source files of a kind have changed and `numerics.toml` has neither a new version nor an entry that
+A test fails when the source files of a kind have changed and `numerics.json` has neither a new version nor an entry that
 says that the numbers are unchanged. `python -m harness.numerics` prints the entries to add.
 """
 
 from __future__ import annotations
 
 import hashlib
-import tomllib
+import json
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-REGISTER = Path(__file__).with_suffix(".toml")
+REGISTER = Path(__file__).with_suffix(".json")
 
 _FORMAT = ("qad/nvfp4.py", "qad/scales.py", "qad/kernels.py", "qad/_numba.py", "qad/modules.py", "qad/recipe.py")
 _LOADING = ("qad/checkpoint.py", "harness/loading.py", "harness/stages.py")
@@ -56,11 +56,11 @@ def unaccounted() -> dict[str, str]:
 
 
 def _register() -> dict[str, dict[str, Any]]:
-    return tomllib.loads(REGISTER.read_text())
+    return json.loads(REGISTER.read_text())
 
 
 if __name__ == "__main__":
     for kind, digest in unaccounted().items():
         print(
-            f'[{kind}] if the numbers are unchanged, add to sources: "{digest}"; if not, raise version and start sources anew'
+            f'{kind}: if the numbers are unchanged, add "{digest}" to its sources; if not, raise its version and start them anew'
         )

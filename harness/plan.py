@@ -16,8 +16,9 @@ from harness.errors import SuiteError
 from harness.models import Source, checkpoint_source, resolve_model
 from harness.numerics import versions
 from harness.provenance import PACKAGES, device_kind, package_versions
+from harness.schema import Quantization, Task
 from harness.store import Store
-from harness.suite import TASKS_FOLDER, Quantization, ResolvedVariant, Suite, Task
+from harness.suite import TASKS_FOLDER, ResolvedVariant, Suite
 
 _ABOUT_RECIPE = ("activations", "exclude")
 """Keys of [quantization] that calibration depends on; the rest acts later."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import resource
 import sys
@@ -10,14 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from harness.manifest import manifest
 from harness.plan import Plan, Stage, make_plan
 from harness.progress import Reporter
 from harness.provenance import provenance
-from harness.records import SCHEMA, is_complete, open_results, open_run, write_rows
+from harness.records import is_complete, open_results, open_run, write_rows
 from harness.store import Store, StoredStage, cache_folder, disk_errors, write_json, write_text
 from harness.suite import load_suite
 from harness.tables import build_grid, build_table, print_grid, render
-from qad.footprint import footprint
 
 
 def run_suite(path: Path, results: Path, only: tuple[str, ...], reporter: Reporter) -> None:
@@ -28,12 +27,14 @@ def run_suite(path: Path, results: Path, only: tuple[str, ...], reporter: Report
     results = open_results(results)
     folder = open_run(results, suite.name, plan.digest)
     pending = [stage for stage in plan.stages if not is_done(stage, store)]
-    if pending:
-        _do(plan, store, results, folder, reporter)
-    else:
-        reporter.say(f"{suite.name}: nothing to do, all {len(plan.stages)} stages are stored")
-    if pending or not is_complete(folder):
-        _write(plan, store, folder)
+    try:
+        if pending:
+            _do(plan, store, results, folder, reporter)
+        else:
+            reporter.say(f"{suite.name}: nothing to do, all {len(plan.stages)} stages are stored")
+    finally:  # an interrupted run shows what it has
+        if pending or not is_complete(folder):
+            _write(plan, store, folder)
     _show(folder, reporter)
     reporter.say(f"Results: {folder}")
 
@@ -97,61 +98,12 @@ def _write(plan: Plan, store: Store, folder: Path) -> None:
     done = [(stage, found) for stage in plan.stages if (found := find_done(stage, store)) is not None]
     write_rows(folder, done)
     with disk_errors(f"the run folder {folder}"):
-        write_json(folder / "run.json", _about(plan, store, done, folder))
+        is_complete_now = all(is_done(stage, store) for stage in plan.stages)
+        write_json(folder / "run.json", manifest(plan, done, run=folder.name, is_complete=is_complete_now))
         table = build_table(folder)
         write_json(folder / "table.json", table)
         for style in ("md", "csv"):
             write_text(folder / f"table.{style}", render(table, style))
-
-
-def _about(plan: Plan, store: Store, done: list[tuple[Stage, StoredStage]], folder: Path) -> dict[str, Any]:
-    """The content of run.json."""
-    suite = plan.suite
-    return {
-        "schema": SCHEMA,
-        "suite": suite.name,
-        "run": folder.name,
-        "plan": plan.digest,
-        "status": "complete" if all(is_done(stage, store) for stage in plan.stages) else "unfinished",
-        "model": {
-            "path": suite.model.path,
-            "origin": plan.source.origin,
-            "fingerprint": plan.source.fingerprint,
-            "notes": list(plan.source.notes),
-        },
-        "resolved": {
-            "model": suite.model.model_dump(),
-            "data": {name: section.model_dump() for name, section in suite.data.items()},
-            "tasks": [task.model_dump() for task in suite.tasks],
-            "engine": suite.engine.model_dump(),
-            "diagnostics": suite.diagnostics.model_dump() if suite.diagnostics else None,
-        },
-        "variants": [_variant_record(plan, variant, done) for variant in plan.variants],
-        "stages": [
-            {
-                "kind": s.kind,
-                "label": s.label,
-                "key": s.key,
-                "digest": f.digest,
-                **{k: f.record[k] for k in ("inputs", "seconds", "peak_memory_bytes", "provenance")},
-            }
-            for s, f in done
-        ],
-        "provenance": provenance(),
-    }
-
-
-def _variant_record(plan: Plan, variant: Any, done: list[tuple[Stage, StoredStage]]) -> dict[str, Any]:
-    """A variant with its settings and what is known of its checkpoint."""
-    settings = dataclasses.asdict(variant)
-    for name in ("quantization", "training"):
-        section = getattr(variant, name)
-        settings[name] = section.model_dump() if section else None
-    checkpoint = plan.checkpoint_of[variant.name]
-    found = next((stored for stage, stored in done if stage.key == checkpoint.key), None)
-    folder = found.folder if found else checkpoint.source.folder if checkpoint.source else None
-    size = dataclasses.asdict(footprint(folder)) if folder is not None and (found or checkpoint.is_external) else {}
-    return settings | size | (found.record["result"] if found else {})
 
 
 def _show(folder: Path, reporter: Reporter) -> None:

@@ -23,8 +23,8 @@ from harness.models import download, folder_fingerprint
 from harness.plan import Plan, Stage
 from harness.progress import Reporter
 from harness.records import SCHEMA
+from harness.schema import Quantization
 from harness.store import Store, write_json, write_text
-from harness.suite import Quantization
 from qad import divergence
 from qad.calibrate import calibrate, counting_blocks, require_unsaturated
 from qad.checkpoint import Loaded, write_checkpoint

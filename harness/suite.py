@@ -12,153 +12,26 @@ import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from harness.errors import SuiteError
+from harness.schema import (
+    NOT_AVAILABLE_KEYS,
+    NOT_AVAILABLE_VALUES,
+    Data,
+    Diagnostics,
+    Engine,
+    File,
+    Model,
+    Quantization,
+    Section,
+    Task,
+    Training,
+)
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
-
-NOT_AVAILABLE_KEYS = {
-    "gate": "release gates",
-    "reference": "published figures beside ours",
-    "quantization.block_scales": "frozen or learned block scales",
-    "quantization.kv_cache": "a quantized KV cache",
-    "quantization.layers": "per-layer formats",
-    "model.post_training": "defaults by post-training history",
-    "model.trust_remote_code": "remote code",
-    "training.optimizer": "a choice of optimizers",
-    "training.train": "training more, or less, than the quantized weights",
-    "training.loss": "other losses than CE and KL",
-    "training.select": "selection of a checkpoint",
-    "training.packing": "sequence packing",
-    "variant.teacher": "another teacher than the model itself",
-    "variant.loss": "other losses than CE and KL",
-    "task.repeats": "sampled repeats",
-    "task.sampling": "sampled repeats",
-    "task.temperature": "sampled repeats",
-    "task.path": "task files of your own",
-    "engine.kernels": "a choice of kernels",
-    "diagnostics.on": "diagnostics on answers",
-}
-NOT_AVAILABLE_VALUES = {
-    "model.kind": {"image-text": "vision-language models"},
-    "quantization.scale_rule": dict.fromkeys(("mse", "four_over_six", "gptq"), "other scale rules than amax"),
-    "quantization.layout": {"compressed-tensors": "the compressed-tensors layout"},
-    "data.source": dict.fromkeys(("hub", "jsonl", "teacher", "bos", "random_tokens"), "other sources than builtin"),
-    "training.schedule": {"cosine": "the cosine schedule"},
-    "engine.kind": {"vllm": "the vLLM engine", "server": "the server engine"},
-}
-"""Legal in the format, by section and key (and value), with what they will be."""
-
-
-class Section(BaseModel):
-    """A table of the suite: unknown keys and loose types are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
-Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Model(Section):
-    """`path`: a hub id (then `revision` is a commit), a folder, or `package:<python package>/<file.gguf>`."""
-
-    path: Annotated[str, Field(min_length=1)]
-    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
-    kind: Literal["text"] = "text"
-
-
-class Calibration(Section):
-    """`samples` sequences of `data` set the input scales; `headroom` multiplies the amax they show."""
-
-    data: str
-    samples: Positive = 32
-    headroom: PositiveFloat = 4.0
-    max_saturated: Annotated[float, Field(ge=0, le=1)] = 0.001
-
-
-class Quantization(Section):
-    """How every quantized variant is quantized."""
-
-    format: Literal["nvfp4"] = "nvfp4"
-    activations: bool = True
-    exclude: tuple[str, ...] = ("lm_head",)
-    scale_rule: Literal["amax"] = "amax"
-    tensor_scale: Literal["power_of_two", "amax"] = "power_of_two"
-    layout: Literal["modelopt"] = "modelopt"
-    calibration: Calibration
-
-
-class Data(Section):
-    """A source of text, cut to sequences of at most `seq_len` tokens and split by hash."""
-
-    source: Literal["builtin"]
-    seq_len: Annotated[int, Field(ge=32)] = 256
-    seed: Annotated[int, Field(ge=0)] = 0
-
-
-class Training(Section):
-    """The one budget that QAT and QAD share. `tokens` counts real tokens, padding excluded."""
-
-    tokens: Positive
-    batch_size: Positive
-    lr: PositiveFloat
-    loss_on: Literal["assistant", "all"]
-    schedule: Literal["linear", "constant"] = "linear"
-    warmup_steps: Annotated[int, Field(ge=0)] = 5
-    clip_norm: PositiveFloat = 1.0
-    epochs: Positive = 1
-    seed: Annotated[int, Field(ge=0)] = 0
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
-
-
-class Variant(Section):
-    """One row of the tables. `quantization` and `training` override single keys of the suite's own sections."""
-
-    name: Name
-    method: Literal["bf16", "ptq", "qat", "qad", "checkpoint"]
-    data: str | None = None
-    path: str | None = None
-    quantization: dict[str, Any] = {}
-    training: dict[str, Any] = {}
-
-
-class Task(Section):
-    """A task by name. `limit` takes its first questions only and marks every row of it as partial."""
-
-    name: str
-    limit: Positive | None = None
-
-
-class Engine(Section):
-    """What answers the requests. `args` are passed on, keyed and recorded."""
-
-    kind: Literal["hf"]
-    args: dict[str, Any] = {}
-
-
-class Diagnostics(Section):
-    """KL and CE against BF16 on `samples` held-out sequences of `data`."""
-
-    data: str
-    samples: Annotated[int, Field(ge=2)] = 128
-
-
-class _File(Section):
-    schema_version: Annotated[Literal[1], Field(alias="schema")]
-    name: Name
-    model: Model
-    quantization: Quantization | None = None
-    data: dict[str, Data] = {}
-    training: Training | None = None
-    variant: Annotated[tuple[Variant, ...], Field(min_length=1)]
-    task: tuple[Task, ...] = ()
-    engine: Engine
-    diagnostics: Diagnostics | None = None
 
 
 @dataclass(frozen=True)
@@ -228,7 +101,7 @@ class _Validation:
         self.mistakes: list[str] = []
 
     def suite(self) -> Suite:
-        file = self._parse(_File, self.raw, "")
+        file = self._parse(File, self.raw, "")
         if file is None:
             self._check_names_raw()
             raise SuiteError("\n".join(self.mistakes))
@@ -254,7 +127,7 @@ class _Validation:
             diagnostics=file.diagnostics,
         )
 
-    def _variants(self, file: _File) -> list[ResolvedVariant]:
+    def _variants(self, file: File) -> list[ResolvedVariant]:
         resolved: list[ResolvedVariant] = []
         for index, variant in enumerate(file.variant):
             where = f"variant[{index}]"
@@ -290,7 +163,7 @@ class _Validation:
             self._add("variant", 'no variant has method = "bf16"; the others are measured against it')
         return resolved
 
-    def _section(self, file: _File, key: str, schema: type[Any], override: dict[str, Any], where: str) -> Any:
+    def _section(self, file: File, key: str, schema: type[Any], override: dict[str, Any], where: str) -> Any:
         if getattr(file, key) is None:
             self._add(key, f"missing; {where} needs it")
             return None
@@ -302,7 +175,7 @@ class _Validation:
                 merged[inner] = {**self.raw[key][inner], **override[inner]}
         return self._parse(schema, merged, f"{where}.{key}")
 
-    def _check_tasks(self, file: _File) -> None:
+    def _check_tasks(self, file: File) -> None:
         known = known_tasks()
         for index, task in enumerate(file.task):
             if task.name not in known:
@@ -316,7 +189,7 @@ class _Validation:
         if not file.task and file.diagnostics is None:
             self._add("task", "neither a task nor diagnostics: there is nothing to measure; add one")
 
-    def _check_data_names(self, file: _File, variants: list[ResolvedVariant]) -> None:
+    def _check_data_names(self, file: File, variants: list[ResolvedVariant]) -> None:
         used = {"diagnostics.data": file.diagnostics.data if file.diagnostics else None}
         for variant in variants:
             used[f'variant "{variant.name}": data'] = variant.data

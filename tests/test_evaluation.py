@@ -196,3 +196,15 @@ def test_samples_without_a_score_lower_n_scored_and_are_never_zero():
     samples = [{"metrics": {"acc": v}, "cluster": i, "is_incomplete": None} for i, v in enumerate([1.0, None, 1.0])]
     found = aggregate(samples, primary="acc", n_total=3, kernels={})
     assert found["metrics"]["acc"] == {"value": 1.0, "stderr": 0.0, "n_scored": 2, "n_total": 3}
+
+
+def test_the_tasks_run_in_plain_lm_eval(tmp_path):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from harness.suite import TASKS_FOLDER, known_tasks
+
+    manager = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False)
+    found = simple_evaluate(model="dummy", tasks=known_tasks(), task_manager=manager, limit=3, bootstrap_iters=0)
+    assert set(found["results"]) == {"mini_choice", "mini_context", "mini_math", "mini_recall"}
+    assert found["n-samples"]["mini_math"]["effective"] == 3

@@ -7,8 +7,9 @@ from harness.errors import ModelError, SuiteError
 from harness.models import resolve_model
 from harness.outline import n_requests
 from harness.plan import make_plan
+from harness.schema import Model
 from harness.store import Store
-from harness.suite import Model, load_suite
+from harness.suite import load_suite
 
 HEX = "0" * 39 + "1"
 

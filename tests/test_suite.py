@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from harness.errors import SuiteError
-from harness.suite import NOT_AVAILABLE_KEYS, NOT_AVAILABLE_VALUES, load_suite
+from harness.schema import NOT_AVAILABLE_KEYS, NOT_AVAILABLE_VALUES
+from harness.suite import load_suite
 
 REPOSITORY = Path(__file__).parent.parent
 

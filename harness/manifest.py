@@ -1,0 +1,62 @@
+"""What run.json says: what was asked, resolved; the stages with keys, times and surroundings; each variant's checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from harness.plan import Plan, Stage
+from harness.provenance import provenance
+from harness.records import SCHEMA
+from harness.store import StoredStage
+from qad.footprint import footprint
+
+
+def manifest(plan: Plan, done: list[tuple[Stage, StoredStage]], *, run: str, is_complete: bool) -> dict[str, Any]:
+    """The content of run.json, given the stages that are done."""
+    suite = plan.suite
+    return {
+        "schema": SCHEMA,
+        "suite": suite.name,
+        "run": run,
+        "plan": plan.digest,
+        "status": "complete" if is_complete else "unfinished",
+        "model": {
+            "path": suite.model.path,
+            "origin": plan.source.origin,
+            "fingerprint": plan.source.fingerprint,
+            "notes": list(plan.source.notes),
+        },
+        "resolved": {
+            "model": suite.model.model_dump(),
+            "data": {name: section.model_dump() for name, section in suite.data.items()},
+            "tasks": [task.model_dump() for task in suite.tasks],
+            "engine": suite.engine.model_dump(),
+            "diagnostics": suite.diagnostics.model_dump() if suite.diagnostics else None,
+        },
+        "variants": [_variant_record(plan, variant, done) for variant in plan.variants],
+        "stages": [
+            {
+                "kind": s.kind,
+                "label": s.label,
+                "key": s.key,
+                "digest": f.digest,
+                **{k: f.record[k] for k in ("inputs", "seconds", "peak_memory_bytes", "provenance")},
+            }
+            for s, f in done
+        ],
+        "provenance": provenance(),
+    }
+
+
+def _variant_record(plan: Plan, variant: Any, done: list[tuple[Stage, StoredStage]]) -> dict[str, Any]:
+    """A variant with its settings and what is known of its checkpoint."""
+    settings = dataclasses.asdict(variant)
+    for name in ("quantization", "training"):
+        section = getattr(variant, name)
+        settings[name] = section.model_dump() if section else None
+    checkpoint = plan.checkpoint_of[variant.name]
+    found = next((stored for stage, stored in done if stage.key == checkpoint.key), None)
+    folder = found.folder if found else checkpoint.source.folder if checkpoint.source else None
+    size = dataclasses.asdict(footprint(folder)) if folder is not None and (found or checkpoint.is_external) else {}
+    return settings | size | (found.record["result"] if found else {})
