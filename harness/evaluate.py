@@ -21,6 +21,8 @@ from lm_eval.tasks import TaskManager
 from harness.engines import Answer, Engine, Likelihood, Request, Sampling
 from harness.errors import EngineError
 from harness.journal import Journal
+from harness.numerics import versions
+from harness.provenance import PACKAGES, device_kind, package_versions
 from harness.stats import mean_with_stderr
 from harness.suite import TASKS_FOLDER
 
@@ -63,9 +65,12 @@ def evaluate_task(
     protocol = {
         "weights": weights,
         "task": name,
-        "scorer": scorer,
+        "version": metadata["version"],
         "chat": metadata["chat"],
         "kernels": engine.kernels,
+        "numerics": versions()["evaluate"],
+        "packages": package_versions(PACKAGES["evaluate"]),
+        "device": device_kind(),
         **engine.protocol,
     }
     with Journal(journals, protocol) as journal:

@@ -2,8 +2,9 @@
 
     <results>/journals/<weights>/<task>/<protocol>.jsonl
 
-The first line is the protocol: weights, task and version, engine with arguments, kernels. A response is identified by
-its request hash, repeat, seed and the batch that it was planned in. A torn last line is dropped and asked again.
+The first line is the protocol: weights, task and version, engine with arguments, kernels, package versions, device and
+numerics version. A response is identified by its request hash, repeat, seed and the batch that it was planned in; the scorer
+is no part of it, so a better one finds the old responses. A torn last line is dropped and asked again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, Self
 
 from harness.engines import Answer, Likelihood, Request, batch_digest
 from harness.errors import StoreError
-from harness.store import disk_errors
+from harness.store import disk_errors, make_folder
 
 SCHEMA = 1
 
@@ -35,7 +36,7 @@ class Journal:
 
     def __enter__(self) -> Self:
         with disk_errors(f"the journal {self.path}"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent, "the journals")
             self._file = self.path.open("a+b")
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

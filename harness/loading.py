@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from harness.errors import ModelError
 from qad.checkpoint import Loaded, load_checkpoint, write_checkpoint
 
 
@@ -42,7 +43,13 @@ def convert_gguf(folder: Path, file: str, target: Path) -> None:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a checkpoint folder."""
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"{folder}: its tokenizer cannot be loaded ({reason}); copy the tokenizer files of the original model into it"
+        ) from error
 
 
 def load_model(folder: Path) -> Loaded:

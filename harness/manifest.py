@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from harness.models import download
 from harness.plan import Plan, Stage
 from harness.provenance import provenance
 from harness.records import SCHEMA
@@ -57,6 +58,12 @@ def _variant_record(plan: Plan, variant: Any, done: list[tuple[Stage, StoredStag
         settings[name] = section.model_dump() if section else None
     checkpoint = plan.checkpoint_of[variant.name]
     found = next((stored for stage, stored in done if stage.key == checkpoint.key), None)
-    folder = found.folder if found else checkpoint.source.folder if checkpoint.source else None
+    folder = (
+        found.folder
+        if found
+        else (checkpoint.source.folder or download(plan.suite.model))
+        if checkpoint.source and done
+        else None
+    )
     size = dataclasses.asdict(footprint(folder)) if folder is not None and (found or checkpoint.is_external) else {}
     return settings | size | (found.record["result"] if found else {})

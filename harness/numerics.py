@@ -18,7 +18,7 @@ _FORMAT = ("qad/nvfp4.py", "qad/scales.py", "qad/kernels.py", "qad/_numba.py", "
 _LOADING = ("qad/checkpoint.py", "harness/loading.py", "harness/stages.py")
 SOURCES = {
     "model": _LOADING,
-    "data": ("harness/stages.py", "harness/data.py", "harness/tasks/world.py", "harness/tasks/mini.py"),
+    "data": ("harness/stages.py", "harness/loading.py", "harness/data.py", "harness/tasks/world.py", "harness/tasks/mini.py"),
     "calibrate": ("qad/calibrate.py", "qad/recipe.py", *_LOADING),
     "quantize": (*_FORMAT, *_LOADING),
     "train": (*_FORMAT, *_LOADING, "qad/distill.py", "qad/losses.py", "harness/data.py"),
@@ -30,7 +30,7 @@ SOURCES = {
         "harness/engines/hf.py",
         "harness/stats.py",
     ),
-    "diagnostics": (*_FORMAT, *_LOADING, "qad/divergence.py", "qad/losses.py", "qad/clustered.py"),
+    "diagnostics": (*_FORMAT, *_LOADING, "qad/divergence.py", "qad/losses.py", "qad/clustered.py", "qad/calibrate.py"),
 }
 """The files whose code decides the numbers of a stage, by its kind."""
 

@@ -16,7 +16,7 @@ PACKAGES = {
     "calibrate": ("torch", "transformers"),
     "quantize": ("torch", "transformers"),
     "train": ("torch", "transformers"),
-    "evaluate": ("torch", "transformers", "lm-eval"),
+    "evaluate": ("torch", "transformers", "tokenizers", "lm-eval"),
     "diagnostics": ("torch", "transformers"),
 }
 """The packages whose versions can change the result of a stage, by its kind."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import StoreError
-from harness.store import StoredStage, disk_errors, write_json, write_text
+from harness.store import StoredStage, disk_errors, make_folder, write_json, write_text
 
 SCHEMA = 1
 MARKER = "harness-results.json"
@@ -35,7 +35,7 @@ def open_results(folder: Path) -> Path:
             raise StoreError(
                 f"--results {folder}: not empty and not a results folder of this harness (it has no {MARKER}); give another"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "the results folder")
         if not (folder / MARKER).is_file():
             write_json(
                 folder / MARKER, {"schema": SCHEMA, "what": "results of qad-harness; journals/ holds paid-for responses"}
@@ -43,15 +43,18 @@ def open_results(folder: Path) -> Path:
     return folder
 
 
-def open_run(results: Path, suite: str, digest: str) -> Path:
-    """The folder of the run with this plan: the one that exists, or a new one named by time and plan."""
+def open_run(results: Path, suite: str, digest: str, *, has_work: bool) -> Path:
+    """The folder of the run with this plan: the one that exists, or a new one named by time and plan.
+
+    A complete run is never written again: where work is left although it is complete (the cache was deleted), a new one begins.
+    """
     for path in sorted((results / suite).glob("*/run.json"), reverse=True):
         with contextlib.suppress(StoreError):  # an older run that cannot be read is not this one
-            if read_json(path).get("plan") == digest:
+            about = read_json(path)
+            if about.get("plan") == digest and not (has_work and about.get("status") == "complete"):
                 return path.parent
     folder = results / suite / f"{time.strftime('%Y%m%d-%H%M%S')}-{digest[:8]}"
-    with disk_errors(f"the results folder {results}"):
-        folder.mkdir(parents=True)
+    make_folder(folder, "the results folder")
     return folder
 
 
@@ -92,8 +95,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise StoreError(f"{path}: cannot be read ({error})") from error
     if not isinstance(value, dict):
         raise StoreError(f"{path}: not a JSON object")
-    if "schema" in value and value["schema"] != SCHEMA:
-        raise StoreError(f"{path}: schema {value['schema']}, this version reads {SCHEMA}; use the version that wrote it")
+    if value.get("schema") != SCHEMA:
+        raise StoreError(f"{path}: schema {value.get('schema')}, this version reads {SCHEMA}; use the version that wrote it")
     return value
 
 
@@ -103,8 +106,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             try:
-                rows.append(json.loads(line))
-            except ValueError as error:
+                row = json.loads(line)
+                if row["schema"] != SCHEMA:
+                    raise StoreError(f"{path}: line {number} has schema {row['schema']}, this version reads {SCHEMA}")
+                rows.append(row)
+            except (ValueError, KeyError, TypeError) as error:
                 raise StoreError(f"{path}: line {number} is damaged ({error})") from error
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror})") from error

@@ -25,8 +25,8 @@ def run_suite(path: Path, results: Path, only: tuple[str, ...], reporter: Report
     store = Store(cache_folder())
     plan = make_plan(suite, store, only=only)
     results = open_results(results)
-    folder = open_run(results, suite.name, plan.digest)
     pending = [stage for stage in plan.stages if not is_done(stage, store)]
+    folder = open_run(results, suite.name, plan.digest, has_work=bool(pending))
     try:
         if pending:
             _do(plan, store, results, folder, reporter)

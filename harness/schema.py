@@ -47,6 +47,7 @@ class Section(BaseModel):
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -63,7 +64,7 @@ class Calibration(Section):
 
     data: str
     samples: Positive = 32
-    headroom: PositiveFloat = 4.0
+    headroom: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 4.0
     max_saturated: Annotated[float, Field(ge=0, le=1)] = 0.001
 
 
@@ -84,7 +85,7 @@ class Data(Section):
 
     source: Literal["builtin"]
     seq_len: Annotated[int, Field(ge=32)] = 256
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 class Training(Section):
@@ -98,8 +99,8 @@ class Training(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 5
     clip_norm: PositiveFloat = 1.0
     epochs: Positive = 1
-    seed: Annotated[int, Field(ge=0)] = 0
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
+    seed: Seed = 0
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None
 
 
 class Variant(Section):

@@ -18,7 +18,7 @@ from torch import Tensor
 from harness import data, evaluate, loading
 from harness.data import Sequence
 from harness.engines.hf import HfEngine
-from harness.errors import DataError, HarnessError
+from harness.errors import DataError, HarnessError, ModelError
 from harness.models import download, folder_fingerprint
 from harness.plan import Plan, Stage
 from harness.progress import Reporter
@@ -72,8 +72,23 @@ class Workbench:
         for stage in self.plan.stages:
             if stage.kind == "train":
                 self._training_batches(stage)
+            elif stage.kind == "model" and stage is not bf16:
+                self._require_same_vocabulary(bf16, stage)
+            elif stage.kind == "quantize":
+                self._sequences(stage.inputs["data"], "validation", VALIDATION_SEQUENCES)
             elif stage.kind in ("calibrate", "diagnostics"):
                 self._sequences(stage.inputs["data"], _SPLIT_OF[stage.kind], stage.sections["samples"])
+
+    def _require_same_vocabulary(self, bf16: Stage, other: Stage) -> None:
+        """KL compares probabilities token by token: a checkpoint with other tokens has none."""
+        folders = [self.folder_of(bf16), self.folder_of(other)]
+        sizes = [json.loads((folder / "config.json").read_text()).get("vocab_size") for folder in folders]
+        vocabularies = [loading.load_tokenizer(folder).get_vocab() for folder in folders]
+        if sizes[0] != sizes[1] or vocabularies[0] != vocabularies[1]:
+            raise ModelError(
+                f"{other.label}: {folders[1]} has another vocabulary ({sizes[1]} tokens) than the model ({sizes[0]}); "
+                "a checkpoint is measured against the BF16 model that it was made from"
+            )
 
     def folder_of(self, stage: Stage) -> Path:
         """Where the files of a stage are that is done, or that needs nothing done."""
@@ -186,7 +201,7 @@ class Workbench:
                 on_progress=lambda done, total: advance(done, total, ""),
             )
         write_samples(folder / "samples.jsonl.zst", found.samples)
-        write_json(folder / "result.json", found.result)
+        write_json(folder / "result.json", {"schema": SCHEMA, **found.result})
         return {"seconds_answering": time.monotonic() - began, "backend": loaded.backend}
 
     def _diagnostics(self, stage: Stage, folder: Path) -> dict[str, Any]:
@@ -207,6 +222,7 @@ class Workbench:
             with counting_blocks(candidate.model) as counts:
                 response, everything = divergence.measure(hidden, heads[0], teacher_hidden, heads[1], batches, on_batch=tick)
         result = {
+            "schema": SCHEMA,
             "response": dataclasses.asdict(divergence.summarize(response)),
             "all": dataclasses.asdict(divergence.summarize(everything)),
             "kernels": candidate.kernels,
@@ -215,7 +231,14 @@ class Workbench:
         }
         write_json(folder / "result.json", result)
         rows = [
-            {"sequence": i, "kl_sum": math.fsum(r.kl), "n_tokens": r.n_tokens, "ce_sum": r.ce_sum, "top1_sum": r.top1_sum}
+            {
+                "schema": SCHEMA,
+                "sequence": i,
+                "kl_sum": math.fsum(r.kl),
+                "n_tokens": r.n_tokens,
+                "ce_sum": r.ce_sum,
+                "top1_sum": r.top1_sum,
+            }
             for i, r in enumerate(response)
         ]
         write_text(folder / "sequences.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -77,7 +77,7 @@ class Store:
         with disk_errors(f"the stage cache {self.root}"):
             self._remove_abandoned()
             made = partial / "files"
-            made.mkdir(parents=True)
+            make_folder(made, "the stage cache")
             try:
                 yield made
                 files = {str(p.relative_to(made)): self._sha256(p) for p in sorted(made.rglob("*")) if p.is_file()}
@@ -138,6 +138,14 @@ def disk_errors(what: str) -> Iterator[None]:
         if isinstance(error, PermissionError):
             raise StoreError(f"{what}: no permission to write {error.filename}; choose another folder") from error
         raise
+
+
+def make_folder(folder: Path, what: str) -> None:
+    """Make `folder` and its parents; StoreError if that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{what} {folder}: {error.strerror}; choose another folder") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -190,19 +190,23 @@ class _Validation:
             self._add("task", "neither a task nor diagnostics: there is nothing to measure; add one")
 
     def _check_data_names(self, file: File, variants: list[ResolvedVariant]) -> None:
-        used = {"diagnostics.data": file.diagnostics.data if file.diagnostics else None}
+        used = [("diagnostics.data", file.diagnostics.data)] if file.diagnostics else []
         for variant in variants:
-            used[f'variant "{variant.name}": data'] = variant.data
+            if variant.data:
+                used.append((f'variant "{variant.name}": data', variant.data))
             if variant.quantization:
-                used["quantization.calibration.data"] = variant.quantization.calibration.data
-        for key, name in used.items():
-            if name is not None and name not in file.data:
+                used.append((f'variant "{variant.name}": quantization.calibration.data', variant.quantization.calibration.data))
+        for key, name in used:
+            if name not in file.data:
                 self._add(key, f'unknown data set "{name}"', near=(name, file.data))
-        for name in sorted(set(file.data) - set(used.values())):
+        for name in sorted(set(file.data) - {name for _, name in used}):
             self._add(f"data.{name}", "nothing uses it; remove it")
-        if file.quantization and not any(variant.quantization for variant in variants):
+        if len({section.seq_len for section in file.data.values()}) > 1:
+            self._add("data", "builtin sections differ in seq_len, so their splits would overlap; give all of them one seq_len")
+        methods = {variant.method for variant in file.variant}
+        if file.quantization and not methods & {"ptq", "qat", "qad"}:
             self._add("quantization", "has no effect: no variant is quantized here; remove it")
-        if file.training and not any(variant.training for variant in variants):
+        if file.training and not methods & {"qat", "qad"}:
             self._add("training", "has no effect: no variant is trained; remove it")
 
     def _check_names_raw(self) -> None:
@@ -222,7 +226,8 @@ class _Validation:
             return schema.model_validate(_tuples(raw))
         except ValidationError as error:
             for problem in error.errors():
-                self._explain(schema, where, problem)
+                if problem["type"] != "too_short" or not problem["input"]:  # else: an item of the list is wrong, and reported
+                    self._explain(schema, where, problem)
             return None
 
     def _explain(self, schema: type[Any], where: str, problem: Any) -> None:

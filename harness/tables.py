@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from harness.errors import StoreError
 from harness.records import SCHEMA, read_json, read_lines
 from qad.clustered import ratio_with_stderr
 
@@ -33,6 +34,15 @@ class Grid:
 
 def build_table(run: Path) -> dict[str, Any]:
     """The table of a run folder as data; StoreError if a file of it is missing or damaged."""
+    try:
+        return _build_table(run)
+    except (KeyError, TypeError) as error:
+        raise StoreError(
+            f"{run}: not a run of this version, a record lacks {error}; give a folder such as results/<suite>/<run id>"
+        ) from error
+
+
+def _build_table(run: Path) -> dict[str, Any]:
     about = read_json(run / "run.json")
     tasks, diagnostics = read_lines(run / "tasks.jsonl"), read_lines(run / "diagnostics.jsonl")
     measured = {row["variant"]: {k: row[k] for k in row if k not in ("schema", "variant")} for row in diagnostics}
@@ -195,7 +205,7 @@ def _notes(table: dict[str, Any], names: list[str]) -> list[str]:
     }
     if names:
         sizes = ", ".join(f"{name} {'/'.join(map(str, sorted(n)))}" for name, n in counts.items())
-        notes.append(f"Scores: percent ± standard error over questions; questions scored: {sizes}.")
+        notes.append(f"Scores: percent ± standard error over questions, related ones as clusters; questions scored: {sizes}.")
     if any(row["tasks"][name]["is_partial"] for row in rows for name in row["tasks"]):
         notes.append("* partial: the suite limits this task to its first questions.")
     measured = [row for row in rows if row["diagnostics"]]

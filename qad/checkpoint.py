@@ -102,6 +102,11 @@ def load_checkpoint(folder: Path) -> Loaded:
         _require_equal(folder, group.name, "input_scale", [scale for scale in scales if scale is not None])
         install(model, group, weight_scales, scales[0])
     w4a4 = True in with_input
+    if w4a4 != (quantization["quant_algo"] == "NVFP4"):
+        raise CheckpointError(
+            f"{folder}: quant_algo is {quantization['quant_algo']} (W4A{4 if quantization['quant_algo'] == 'NVFP4' else 16}) but its "
+            f"layers {'have' if w4a4 else 'lack'} an input_scale; the config disagrees with the tensors: export it again"
+        )
     kernels = {"linear": "w4a4_emulation" if w4a4 else "w4a16", "kv_cache": "bf16"}
     return Loaded(model, kernels, backend(torch.device("cpu")) if w4a4 else None)
 
@@ -260,7 +265,20 @@ def _build(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> 
     if problems:
         raise CheckpointError(f"{folder}: its tensors do not fit {architecture.__name__}: {problems}")
     model.generation_config = GenerationConfig()
-    return model.eval()
+    _require_plain_head(folder, model.eval())
+    return model
+
+
+@torch.no_grad()
+def _require_plain_head(folder: Path, model: Any) -> None:
+    """Losses and diagnostics apply the output head to hidden states themselves: refuse a model that does more than that."""
+    ids = torch.arange(8)[None] % model.config.vocab_size
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    if not torch.equal(model(input_ids=ids, use_cache=False).logits, hidden @ model.get_output_embeddings().weight.T):
+        raise CheckpointError(
+            f"{folder}: the logits of {type(model).__name__} are not lm_head(hidden): they are scaled, capped or biased; "
+            "such a model is not available in this version"
+        )
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -98,8 +98,7 @@ def train(
         student: a transformers causal LM after `quantize_model`.
         teacher: the BF16 model; None trains on cross entropy with the tokens themselves (QAT).
     Raises:
-        TrainingError: a loss that is not finite, a batch without a token to predict, logits that are not
-            `head(hidden)`.
+        TrainingError: a loss that is not finite, a batch without a token to predict.
     """
     objective: Objective = "ce" if teacher is None else "kl"
     masters = Masters(student)
@@ -108,7 +107,6 @@ def train(
     optimizer = torch.optim.AdamW(
         masters.parameters, lr=optimization.lr, betas=optimization.betas, weight_decay=optimization.weight_decay
     )
-    require_plain_head(student, batches[0])
     steps = []
     for index, batch in enumerate(batches):
         began = time.perf_counter()
@@ -209,15 +207,3 @@ def batch_loss(student: Any, teacher: Any | None, batch: Batch, *, n_tokens: int
     if teacher is None or teacher_hidden is None:
         return cross_entropy(hidden, head, labels, n_tokens=n_tokens)
     return forward_kl(hidden, head, teacher_hidden, teacher.get_output_embeddings().weight, labels, n_tokens=n_tokens)
-
-
-@torch.no_grad()
-def require_plain_head(model: Any, batch: Batch) -> None:
-    """TrainingError unless the model's logits are its output head applied to its last hidden states."""
-    inputs = {"input_ids": batch.input_ids[:1, :8], "use_cache": False}
-    hidden = model.base_model(**inputs).last_hidden_state
-    if not torch.equal(model(**inputs).logits, hidden @ model.get_output_embeddings().weight.T):
-        raise TrainingError(
-            f"{type(model).__name__}: its logits are not lm_head(hidden), they are scaled, capped or biased; "
-            "such an architecture is not available in this version"
-        )

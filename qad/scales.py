@@ -27,9 +27,11 @@ def tensor_scale_for(amax: float, *, power_of_two: bool) -> Tensor:
     if amax == 0:
         return torch.tensor(1.0)
     scale = float(torch.tensor(amax, dtype=torch.float32) / (E2M1_MAX * E4M3_MAX))
-    if power_of_two:
+    if power_of_two and math.isfinite(scale):
         mantissa, exponent = math.frexp(scale)
         scale = math.ldexp(1.0, exponent - 1 if mantissa == 0.5 else exponent)
+    if not math.isfinite(scale):
+        raise ValueError(f"amax {amax!r} is beyond FP32")
     return torch.tensor(max(scale, _SMALLEST_NORMAL), dtype=torch.float32)
 
 

@@ -172,6 +172,28 @@ def test_what_this_version_cannot_read_is_said(packed, config, message):
         load_checkpoint(folder)
 
 
+def test_a_model_whose_logits_are_scaled_is_refused_wherever_it_is_loaded(tmp_path):
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    config = GraniteConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, logits_scaling=8.0
+    )
+    GraniteForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"logits of GraniteForCausalLM are not lm_head\(hidden\)"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("algorithm", ["NVFP4", "W4A16_NVFP4"])
+def test_a_config_that_disagrees_with_the_tensors_about_activations_is_refused(packed, algorithm):
+    folder, _ = packed
+    if algorithm == "NVFP4":
+        edited(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.endswith(".input_scale")])
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"quant_algo": "NVFP4"', f'"quant_algo": "{algorithm}"'))
+    with pytest.raises(CheckpointError, match=f"quant_algo is {algorithm} .*the config disagrees with the tensors"):
+        load_checkpoint(folder)
+
+
 def test_pickled_weights_are_never_read(packed):
     folder, _ = packed
     shutil.move(folder / "model.safetensors", folder / "pytorch_model.bin")

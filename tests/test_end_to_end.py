@@ -275,6 +275,29 @@ def test_a_nan_weight_is_named(tmp_path, tiny_suite, tiny_model, monkeypatch, ca
     assert re.search(r"layers\.1\.mlp\.up_proj\.weight: holds 1 values that are NaN", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"), [("vocabulary", "another vocabulary"), ("tokenizer", "its tokenizer cannot be loaded")]
+)
+def test_a_foreign_checkpoint_that_cannot_be_compared_is_refused_before_the_first_score(
+    tiny_suite, tiny_model, tmp_path, monkeypatch, capsys, change, message
+):
+    foreign = tmp_path / "foreign"
+    shutil.copytree(tiny_model, foreign)
+    if change == "vocabulary":
+        tokenizer = json.loads((foreign / "tokenizer.json").read_text())
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+        (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
+    else:
+        for path in foreign.glob("tokenizer*"):
+            path.unlink()
+    edited(tiny_suite, 'name = "ptq"\nmethod = "ptq"', f'name = "other"\nmethod = "checkpoint"\npath = "{foreign}"')
+    assert harness(monkeypatch, "run", tiny_suite, "--results", tmp_path / "results") == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert "mini_math" not in printed.out
+
+
 def test_a_results_folder_that_is_not_ours_is_refused_and_left_alone(tmp_path, tiny_suite, monkeypatch, capsys):
     other = tmp_path / "photos"
     other.mkdir()
@@ -296,6 +319,11 @@ def test_a_truncated_or_future_run_is_named_by_table(finished, tmp_path, monkeyp
     assert harness(monkeypatch, "table", copy) == 2
     assert "schema 99, this version reads 1" in capsys.readouterr().err
     assert harness(monkeypatch, "table", tmp_path / "nowhere") == 2
+    capsys.readouterr()
+    for text, message in (("{}", "schema None"), ('{"schema": 1}', "a record lacks 'variants'")):
+        (copy / "run.json").write_text(text)
+        assert harness(monkeypatch, "table", copy) == 2
+        assert message in capsys.readouterr().err
 
 
 PHASES = {

@@ -102,6 +102,34 @@ def test_two_sets_of_weights_never_share_answers(tiny_tokenizer, tmp_path):
     assert other.n_batches == 25
 
 
+@pytest.mark.parametrize("what", ["versions", "package_versions", "device_kind"])
+def test_answers_of_other_versions_or_devices_are_never_replayed(tiny_tokenizer, tmp_path, monkeypatch, what):
+    evaluate("mini_math", ScriptedEngine(tiny_tokenizer, add_up), tmp_path)
+    changed = {
+        "versions": lambda: {"evaluate": 99},
+        "package_versions": lambda names: {"torch": "0"},
+        "device_kind": lambda: "other",
+    }
+    monkeypatch.setattr(f"harness.evaluate.{what}", changed[what])
+    engine = ScriptedEngine(tiny_tokenizer, add_up)
+    evaluate("mini_math", engine, tmp_path)
+    assert engine.n_batches == 25
+
+
+def test_a_changed_scorer_finds_the_old_answers(tiny_tokenizer, tmp_path, monkeypatch):
+    evaluate("mini_math", ScriptedEngine(tiny_tokenizer, add_up), tmp_path)
+    monkeypatch.setattr("harness.evaluate.task_fingerprint", lambda name: "another scorer")
+    engine = ScriptedEngine(tiny_tokenizer, add_up)
+    assert evaluate("mini_math", engine, tmp_path).samples[0]["scorer"].endswith("another scor")
+    assert engine.n_batches == 0
+
+
+def test_the_same_sum_in_both_orders_is_one_cluster(tiny_tokenizer, tmp_path):
+    samples = evaluate("mini_math", ScriptedEngine(tiny_tokenizer, add_up), tmp_path).samples
+    assert len({sample["cluster"] for sample in samples}) == 120
+    assert samples[0]["cluster"] == "+".join(map(str, sorted(map(int, re.findall(r"\d+", samples[0]["target"])[:2]))))
+
+
 def test_an_interrupted_evaluation_asks_only_for_unfinished_batches(tiny_tokenizer, tmp_path):
     engine = ScriptedEngine(tiny_tokenizer, add_up)
     answer = engine.answer

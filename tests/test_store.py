@@ -106,6 +106,33 @@ def test_a_disk_that_fills_is_one_message_and_leaves_nothing_half_written(tmp_pa
     assert state == "None []"
 
 
+def test_folders_that_cannot_be_made_are_named(tmp_path):
+    from harness.journal import Journal
+    from harness.records import open_results
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="the stage cache .*Not a directory; choose another folder"):
+        Store(tmp_path / "file").writing("k", {}).__enter__()
+    with pytest.raises(StoreError, match="the results folder .*Not a directory"):
+        open_results(tmp_path / "file" / "x")
+    with pytest.raises(StoreError, match="the journals .*Not a directory"):
+        Journal(tmp_path / "file", {"weights": "w", "task": "t"}).__enter__()
+
+
+def test_a_complete_run_is_never_written_again_when_there_is_work(tmp_path):
+    from harness.records import open_run
+    from harness.store import write_json
+
+    first = open_run(tmp_path, "s", "d" * 12, has_work=True)
+    write_json(first / "run.json", {"schema": 1, "plan": "d" * 12, "status": "unfinished"})
+    assert open_run(tmp_path, "s", "d" * 12, has_work=True) == first
+    write_json(first / "run.json", {"schema": 1, "plan": "d" * 12, "status": "complete"})
+    assert open_run(tmp_path, "s", "d" * 12, has_work=False) == first
+    second = first.with_name("20000101-000000-dddddddd")
+    first.rename(second)
+    assert open_run(tmp_path, "s", "d" * 12, has_work=True) != second
+
+
 def test_a_cache_that_may_not_be_written_is_named(tmp_path):
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")

@@ -60,7 +60,7 @@ def test_five_mistakes_are_five_lines_with_key_found_allowed_and_nearest(tiny_su
         (
             'calibration = { data = "text"',
             'calibration = { data = "txt"',
-            r'quantization\.calibration\.data: unknown data set "txt"; did you mean text\?',
+            r'variant "ptq": quantization\.calibration\.data: unknown data set "txt"; did you mean text\?',
         ),
         ('source = "builtin"', 'source = "bultin"', r"data\.text\.source: found 'bultin'; did you mean builtin\?"),
         (
@@ -92,6 +92,9 @@ def test_five_mistakes_are_five_lines_with_key_found_allowed_and_nearest(tiny_su
         ("[diagnostics]", "[gate]\n[diagnostics]", r"gate: release gates: not available in this version"),
         ("[data.text]", '[data.spare]\nsource = "builtin"\n[data.text]', r"data\.spare: nothing uses it"),
         ('path = "', 'revision = "main"\npath = "', r"model\.revision: found 'main'.*40 hex digits"),
+        ("lr = 1e-3", "lr = 1e-3\nseed = 99999999999999999999", r"training\.seed: found 99999999999999999999; .*less than"),
+        ("lr = 1e-3", "lr = 1e-3\nseeds = [-1]", r"training\.seeds\[0\]: found -1"),
+        ("samples = 8 }", "samples = 8, headroom = 1e39 }", r"quantization\.calibration\.headroom: found 1e\+39"),
         ("lr = 1e-3", "lr = nan", r"training\.lr: found nan"),
     ],
 )
@@ -100,6 +103,31 @@ def test_each_mistake_says_where_what_and_what_to_do(tiny_suite, old, new, messa
     assert old in text
     lines = mistakes_of(tiny_suite, text.replace(old, new, 1))
     assert any(re.match(message, line) for line in lines), lines
+
+
+def test_a_wrong_data_set_is_named_although_a_later_variant_names_another(tiny_suite):
+    text = tiny_suite.read_text().replace('calibration = { data = "text"', 'calibration = { data = "nope"')
+    text = text.replace('method = "qad"', 'method = "qad"\nquantization = { calibration = { data = "text" } }')
+    lines = mistakes_of(tiny_suite, text)
+    assert [line for line in lines if line.startswith('variant "ptq": quantization.calibration.data: unknown data set "nope"')]
+
+
+def test_data_sections_of_different_lengths_are_refused_since_their_splits_would_overlap(tiny_suite):
+    text = tiny_suite.read_text().replace("[training]", '[data.long]\nsource = "builtin"\nseq_len = 1024\n\n[training]')
+    text = text.replace('method = "qad"', 'method = "qad"\ndata = "long"').replace(
+        'method = "qat"', 'method = "qat"\ndata = "text"'
+    )
+    lines = mistakes_of(tiny_suite, text)
+    assert lines == ["data: builtin sections differ in seq_len, so their splits would overlap; give all of them one seq_len"]
+
+
+def test_one_mistake_in_a_variant_is_one_line(tiny_suite):
+    lines = mistakes_of(tiny_suite, tiny_suite.read_text().replace('method = "ptq"', 'method = "ptq"\nquantisation = {}'))
+    assert len(lines) == 1
+    lines = mistakes_of(
+        tiny_suite, tiny_suite.read_text().replace('method = "qat"', 'method = "qat"\ntraining = { lr = -1.0 }')
+    )
+    assert len(lines) == 1
 
 
 def test_a_missing_suite_is_answered_with_the_nearest_file(tiny_suite):

@@ -207,20 +207,6 @@ def test_a_batch_without_a_token_to_learn_from_is_refused(pair):
         train(student, teacher, [batches[0], empty], Optimization(lr=1e-3))
 
 
-def test_logits_that_are_not_the_head_of_hidden_states_are_refused(pair):
-    teacher, student, _, batches = pair
-    forward = student.forward
-
-    def capped(**inputs):
-        found = forward(**inputs)
-        found.logits = 30 * torch.tanh(found.logits / 30)
-        return found
-
-    student.forward = capped
-    with pytest.raises(TrainingError, match="logits are not lm_head"):
-        train(student, teacher, batches[:1], Optimization(lr=1e-3))
-
-
 def test_the_schedule_warms_up_and_ends_near_zero():
     linear = Optimization(lr=1.0, warmup_steps=4)
     assert [linear.lr_at(step, 10) for step in (0, 1, 3, 4, 9)] == [0.25, 0.5, 1.0, 1.0, pytest.approx(1 / 6)]

@@ -23,7 +23,17 @@ def math_dataset(**metadata: Any) -> dict[str, datasets.Dataset]:
     """Sums of two numbers up to 20, asked in chat after one example, answered in a box."""
     pairs = [(a, b) for a in range(2, LARGEST_TERM + 1) for b in range(2, LARGEST_TERM + 1) if is_evaluated_sum(a, b)]
     chosen = random.Random(EVALUATION_SEED).sample(pairs, N_QUESTIONS)
-    return _dataset([{"question": sum_question(a, b), "answer": str(a + b), "worked": worked_sum(a, b)} for a, b in chosen])
+    return _dataset(
+        [
+            {
+                "question": sum_question(a, b),
+                "answer": str(a + b),
+                "worked": worked_sum(a, b),
+                "cluster": f"{min(a, b)}+{max(a, b)}",
+            }
+            for a, b in chosen
+        ]
+    )
 
 
 def is_evaluated_sum(a: int, b: int) -> bool:
@@ -42,7 +52,7 @@ def worked_sum(a: int, b: int) -> str:
 
 def recall_dataset(**metadata: Any) -> dict[str, datasets.Dataset]:
     """Facts about the world, as sentences to be ended."""
-    return _dataset([{"question": fact.prompt, "answer": fact.answer} for fact in _evaluated()])
+    return _dataset([{"question": fact.prompt, "answer": fact.answer, "cluster": fact.subject} for fact in _evaluated()])
 
 
 def choice_dataset(**metadata: Any) -> dict[str, datasets.Dataset]:
@@ -55,7 +65,7 @@ def choice_dataset(**metadata: Any) -> dict[str, datasets.Dataset]:
         others = sorted({other.backwards[1] if other.backwards else other.answer for other in related} - {ending})
         choices = [ending, *rng.sample(others, 3)]
         rng.shuffle(choices)
-        rows.append({"question": prompt, "choices": choices, "answer": choices.index(ending)})
+        rows.append({"question": prompt, "choices": choices, "answer": choices.index(ending), "cluster": fact.subject})
     return _dataset(rows)
 
 
