@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -38,8 +38,8 @@ class Reporter:
         self.say(f"  {label}: {time.monotonic() - began:.1f} s")
 
     def _bar(self) -> Progress:
-        columns = (TextColumn("  {task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"))
-        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        columns = (TextColumn("  {task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TextColumn("passed,"), TimeRemainingColumn(), TextColumn("left  {task.fields[note]}"))
         return Progress(*columns, *times, console=self.console, transient=True)
 
     def _lines(self, label: str, began: float) -> Callable[[int, int, str], None]:
