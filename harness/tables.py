@@ -85,10 +85,15 @@ def paired_kl(sequences: list[dict[str, Any]], variants: list[dict[str, Any]]) -
         for baseline in variants:
             if baseline["method"] not in against.get(candidate["method"], ()):
                 continue
-            pairs = list(zip(by_variant.get(candidate["name"], ()), by_variant.get(baseline["name"], ()), strict=False))
-            if not pairs:
+            ours, theirs = by_variant.get(candidate["name"]), by_variant.get(baseline["name"])
+            if not ours or not theirs:
                 continue
-            assert all(a["sequence"] == b["sequence"] and a["n_tokens"] == b["n_tokens"] for a, b in pairs)
+            if [(row["sequence"], row["n_tokens"]) for row in ours] != [(row["sequence"], row["n_tokens"]) for row in theirs]:
+                raise StoreError(
+                    f"diagnostics_sequences.jsonl: {candidate['name']} and {baseline['name']} were measured on different sequences "
+                    "and cannot be paired; run the suite again"
+                )
+            pairs = list(zip(ours, theirs, strict=True))
             value, stderr = ratio_with_stderr([a["kl_sum"] - b["kl_sum"] for a, b in pairs], [a["n_tokens"] for a, _ in pairs])
             found.append(
                 {
