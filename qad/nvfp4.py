@@ -46,6 +46,10 @@ class Packed:
     block_scale: Tensor
     tensor_scale: Tensor
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What identifies the encoding, as bytes and scales."""
+        return self.packed, self.block_scale.view(torch.uint8), self.tensor_scale
+
 
 def require_finite(x: Tensor, name: str) -> None:
     """Raise NonFiniteError with the tensor's name and the first bad index if `x` holds NaN or infinity."""
@@ -115,7 +119,7 @@ def dequantize(encoding: Packed, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Decode: code * (float(block_scale) * tensor_scale) in FP32, then rounded to `dtype`; shape (..., K)."""
     values = blocks(decode_e2m1(unpack(encoding.packed)))
     scale = (encoding.block_scale.float() * encoding.tensor_scale).unsqueeze(-1)
-    return (values * scale).reshape(*encoding.packed.shape[:-1], -1).to(dtype)
+    return (values * scale).flatten(-2).to(dtype)
 
 
 def fake_quantize(x: Tensor, tensor_scale: Tensor, *, name: str = "activation") -> Tensor:

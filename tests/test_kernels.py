@@ -1,60 +1,57 @@
 """The fast paths give the reference's bits, and everything runs without numba."""
 
+import os
+import signal
 import subprocess
 import sys
 
+import kernel_checks
 import pytest
 import torch
 
-from qad import kernels, nvfp4
+from qad import kernels
 from qad.errors import NonFiniteError
-from qad.scales import amax_block_scales
-
-TENSOR_SCALES = [2.0**-9, 1.0, 0.00317, 3e-5]
 
 
-def spread_out(seed: int, magnitude: float) -> torch.Tensor:
-    """Rows of very different sizes with a zero block, a tiny one, an outlier, ties and signed zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(300, 256, generator=generator) * magnitude * torch.exp(2 * torch.randn(300, 1, generator=generator))
-    x[0] = 0
-    x[1, :16] = 1e-30
-    x[2, 0] = 3e4
-    x[3, :8] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])
-    x[4, ::2] = -0.0
-    return x
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("check", kernel_checks.CHECKS)
+def test_on_a_cpu(check, backend, monkeypatch):
+    if backend == "numba":
+        assert kernels.backend(torch.device("cpu")) == "numba"
+    monkeypatch.setattr(kernels, "backend", lambda device: backend)
+    kernel_checks.CHECKS[check](torch.device("cpu"))
 
 
-@pytest.mark.parametrize("tensor_scale", TENSOR_SCALES)
-@pytest.mark.parametrize("magnitude", [1e-6, 1e-3, 1.0, 30.0, 1e4])
-def test_fake_quantize_equals_the_reference_in_every_bit(magnitude, tensor_scale):
-    x, scale = spread_out(0, magnitude).bfloat16(), torch.tensor(tensor_scale)
-    assert kernels.backend(x.device) == "numba"
-    expected, found = nvfp4.fake_quantize(x, scale), kernels.fake_quantize(x, scale)
-    assert torch.equal(expected.view(torch.int16), found.view(torch.int16))
+def test_a_live_weight_that_is_not_bf16_is_decoded_in_its_own_type():
+    master, live = torch.randn(4, 32), torch.empty(32, 4).t()
+    encoding, _ = kernels.project(master, torch.tensor(0.003), live)
+    assert torch.equal(live, kernels.dequantize(encoding, torch.float32))
 
 
-@pytest.mark.parametrize("tensor_scale", TENSOR_SCALES)
-@pytest.mark.parametrize("magnitude", [1e-6, 1e-3, 1.0, 30.0, 1e4])
-def test_projection_equals_the_reference_in_codes_scales_and_live_weight(magnitude, tensor_scale):
-    master, scale = spread_out(1, magnitude), torch.tensor(tensor_scale)
-    live = torch.empty(master.shape, dtype=torch.bfloat16)
-    found, saturated = kernels.project(master, scale, live)
-    expected = nvfp4.quantize(master, amax_block_scales(master, scale), scale)
-    assert torch.equal(found.packed, expected.packed)
-    assert torch.equal(found.block_scale.view(torch.uint8), expected.block_scale.view(torch.uint8))
-    assert torch.equal(live.view(torch.int16), nvfp4.dequantize(expected).view(torch.int16))
-    assert saturated == int((nvfp4.blocks(master).abs().amax(-1) > 2688 * scale).sum())
+def test_checking_once_is_not_nested_and_lets_an_error_from_within_pass():
+    with kernels.checking_once(), pytest.raises(RuntimeError, match="already within one"), kernels.checking_once():
+        pass
+    with pytest.raises(KeyError), kernels.checking_once():
+        raise KeyError
+    with kernels.checking_once():
+        pass
 
 
-def test_every_positive_bf16_number_as_the_largest_of_its_block():
-    bits = torch.arange(1, 0x7F80, dtype=torch.int32).to(torch.int16)
-    x = torch.zeros(len(bits), 16, dtype=torch.bfloat16)
-    x[:, 0] = bits.view(torch.bfloat16)
-    x[:, 1] = x[:, 0] * 0.4
-    for tensor_scale in (torch.tensor(2.0**-3), torch.tensor(0.1)):
-        expected, found = nvfp4.fake_quantize(x, tensor_scale), kernels.fake_quantize(x, tensor_scale)
-        assert torch.equal(expected.view(torch.int16), found.view(torch.int16))
+def test_a_width_that_is_no_multiple_of_16_is_refused():
+    with pytest.raises(ValueError, match="the last dimension is 40, not a multiple of 16"):
+        kernels.quantize(torch.ones(2, 40), torch.tensor(1.0))
+
+
+def test_an_empty_tensor_has_an_empty_encoding():
+    encoding = kernels.quantize(torch.ones(0, 32), torch.tensor(1.0))
+    assert encoding.packed.shape == (0, 16) and kernels.dequantize(encoding).shape == (0, 32)
+
+
+def test_projection_refuses_block_scales_of_another_shape_or_type():
+    live = torch.empty(4, 32, dtype=torch.bfloat16)
+    for given in (torch.ones(4, 1).to(torch.float8_e4m3fn), torch.ones(4, 2)):
+        with pytest.raises(ValueError, match=r"w: block_scale is .*needs torch.float8_e4m3fn of shape \(4, 2\)"):
+            kernels.project(torch.ones(4, 32), torch.tensor(1.0), live, block_scale=given, name="w")
 
 
 def test_the_fast_paths_raise_on_nan_and_name_the_tensor():
@@ -66,21 +63,48 @@ def test_the_fast_paths_raise_on_nan_and_name_the_tensor():
         kernels.project(x, torch.tensor(1.0), torch.empty(4, 32, dtype=torch.bfloat16), name="w")
 
 
-def test_the_core_runs_without_numba_and_names_its_backend():
+def test_the_fast_path_of_a_cpu_keeps_nothing_on_disk(tmp_path):
+    code = "import torch; from qad import kernels; kernels.fake_quantize(torch.ones(1, 16).bfloat16(), torch.tensor(1.0))"
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    code = """
+import os, torch
+from qad import kernels
+torch.set_num_threads(2)
+x = torch.ones(512, 512).bfloat16()
+kernels.fake_quantize(x, torch.tensor(1.0))
+child = os.fork()
+if not child:
+    kernels.fake_quantize(x, torch.tensor(1.0))
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    started = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert started.communicate(timeout=40)[0].strip() == "7"
+    finally:
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGKILL)
+
+
+def test_the_core_runs_without_numba_and_triton_and_names_its_backends():
     code = """
 import sys
-sys.modules["numba"] = None
 import importlib.util
 find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "numba" else find(name, *rest)
+importlib.util.find_spec = lambda name, *rest: None if name in ("numba", "triton") else find(name, *rest)
 import torch
 from qad import calibrate, checkpoint, distill, divergence, kernels, losses, modules, nvfp4, recipe, scales
 x = torch.randn(8, 64).bfloat16()
-assert kernels.backend(x.device) == "torch"
+assert kernels.backend(x.device) == kernels.backend(torch.device("cuda")) == kernels.backend(torch.device("meta")) == "torch"
 assert torch.equal(kernels.fake_quantize(x, torch.tensor(0.01)), nvfp4.fake_quantize(x, torch.tensor(0.01)))
 live = torch.empty_like(x)
 kernels.project(x, torch.tensor(0.01), live)
-extra = {n.split(".")[0] for n in sys.modules} & {"harness", "lm_eval", "datasets", "scipy", "rich", "pydantic", "typer", "llvmlite"}
+extra = {n.split(".")[0] for n in sys.modules} & {"harness", "lm_eval", "datasets", "scipy", "rich", "pydantic", "typer", "llvmlite", "triton"}
 assert not extra, extra
 print("ran")
 """
