@@ -3,7 +3,9 @@
 Weights are projected, not faked: the optimizer owns an FP32 master of every quantized weight; after each step the master
 is encoded and the live BF16 weight becomes the decoded value. The backward pass is ordinary; the gradient of the live
 weight, accumulated in FP32, is applied to the master (straight through). Tensor scales stay as calibrated; block scales
-are recomputed from the master at each projection.
+are recomputed from the master at each projection, or frozen as PTQ left them. With frozen ones the master starts as the
+original weight, moved only as far as the border of the rounding cell of its code: step 0 is the PTQ checkpoint bit for bit,
+and no master sits in the middle of its cell.
 
 Trained are the quantized weights alone: embeddings, norms and the output head keep the teacher's values.
 """
@@ -19,9 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qad.cells import nearest_in_cell
 from qad.errors import TrainingError
+from qad.fp8 import Fp8Packed
+from qad.kernels import checking_once
 from qad.losses import Objective, cross_entropy, forward_kl
 from qad.modules import QuantizedLinear, encoding_digest, quantized_linears
+from qad.nvfp4 import Packed
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Training:
-    """What a training run did. `start_digest` is the encoding before the first step."""
+    """What a training run did. `start_digest` is what the masters encode to before the first step."""
 
     steps: tuple[Step, ...]
     start_digest: str
@@ -102,6 +108,7 @@ def train(
     """
     objective: Objective = "ce" if teacher is None else "kl"
     masters = Masters(student)
+    masters.project()
     start_digest = encoding_digest(masters.modules)
     start = masters.encodings()
     optimizer = torch.optim.AdamW(
@@ -116,7 +123,8 @@ def train(
         n_loss_tokens = int(batch.loss_mask[:, 1:].sum())
         if not n_loss_tokens:
             raise TrainingError(f"step {index}: no token to predict in the batch; is the response mask empty?")
-        loss = batch_loss(student, teacher, batch, n_tokens=n_loss_tokens)
+        with checking_once():
+            loss = batch_loss(student, teacher, batch, n_tokens=n_loss_tokens)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise TrainingError(f"step {index}: the {objective} loss is {value}; lower lr, or look at the batch before it")
@@ -152,20 +160,23 @@ class Masters:
         pairs = zip(self.modules.items(), self.parameters, strict=True)
         return sum(module.project(master, name=f"{name}.weight") for (name, module), master in pairs)
 
-    def encodings(self) -> list[tuple[Tensor, Tensor]]:
-        found = [module.encoding for module in self.modules.values()]
-        return [(e.packed, e.block_scale.view(torch.uint8)) for e in found if e is not None]
+    def encodings(self) -> list[Packed | Fp8Packed]:
+        return [module.encoding for module in self.modules.values() if module.encoding is not None]
 
-    def changed_since(self, start: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-        """Shares of codes and of block scales that differ from an earlier `encodings()`."""
+    def changed_since(self, start: list[Packed | Fp8Packed]) -> tuple[float, float]:
+        """Shares of codes and of block scales that differ from an earlier `encodings()`; FP8 layers have no block scales."""
         codes = changed_codes = scales = changed_scales = 0
-        for (packed, scale), (old_packed, old_scale) in zip(self.encodings(), start, strict=True):
-            difference = packed ^ old_packed
-            changed_codes += int(((difference & 0xF) != 0).sum() + ((difference >> 4) != 0).sum())
-            codes += packed.numel() * 2
-            changed_scales += int((scale != old_scale).sum())
-            scales += scale.numel()
-        return changed_codes / codes, changed_scales / scales
+        for now, old in zip(self.encodings(), start, strict=True):
+            difference = now.tensors()[0] ^ old.tensors()[0]
+            if isinstance(now, Packed) and isinstance(old, Packed):
+                changed_codes += int(((difference & 0xF) != 0).sum() + ((difference >> 4) != 0).sum())
+                codes += difference.numel() * 2
+                changed_scales += int((now.tensors()[1] != old.tensors()[1]).sum())
+                scales += now.block_scale.numel()
+            else:
+                changed_codes += int((difference != 0).sum())
+                codes += difference.numel()
+        return changed_codes / codes, changed_scales / max(1, scales)
 
     def close(self) -> None:
         for handle in self._handles:
@@ -178,7 +189,10 @@ class Masters:
 def _original(name: str, module: QuantizedLinear) -> Tensor:
     if module.original is None:
         raise ValueError(f"{name}: its weight before quantization is gone; train only what quantize_model made in memory")
-    return module.original.float()
+    if module.frozen_block_scale is None:
+        return module.original.float()
+    assert isinstance(module.encoding, Packed)
+    return nearest_in_cell(module.original, module.encoding, name=f"{name}.weight")
 
 
 def _pass_on(master: nn.Parameter) -> Callable[[Tensor], None]:

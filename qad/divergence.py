@@ -17,6 +17,7 @@ from torch import Tensor
 from qad.clustered import ratio_with_stderr
 from qad.distill import Batch
 from qad.errors import NonFiniteError
+from qad.kernels import checking_once
 from qad.losses import token_divergence
 
 
@@ -52,7 +53,8 @@ class Divergence:
 def final_hidden(model: Any, batches: Iterable[Batch]) -> Iterator[Tensor]:
     """Last hidden states (sequences, tokens, width) of `model`, batch by batch."""
     for batch in batches:
-        hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        with checking_once():
+            hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         yield hidden.last_hidden_state
 
 

@@ -1,4 +1,4 @@
-"""The quantized linear layer, and its installation in a model.
+"""The quantized linear layers, NVFP4 and FP8, and their installation in a model.
 
 The live weight is an ordinary BF16 parameter that already holds `decode(encoding)`: forward and backward see a plain
 linear layer. The input is quantized once per fused group: the first consumer computes it, the last one releases it.
@@ -15,37 +15,48 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qad import kernels
-from qad.errors import CalibrationError
-from qad.nvfp4 import E2M1_MAX, E4M3_MAX, E4M3_SMALLEST, Packed, blocks, require_finite
-from qad.recipe import FusedGroup, Recipe, match
-from qad.scales import tensor_scale_for
+from qad import fp8, kernels, nvfp4
+from qad.fp8 import Fp8Packed
+from qad.nvfp4 import E2M1_MAX, E4M3_MAX, E4M3_SMALLEST, Packed, blocks
+from qad.recipe import Format, FusedGroup
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tensor_scale: Tensor, name: str) -> Tensor:
-        return kernels.fake_quantize(x, tensor_scale, name=name)
+    def forward(ctx: Any, x: Tensor, tensor_scale: Tensor, format: Format, name: str) -> Tensor:
+        quantize = {"nvfp4": kernels.fake_quantize, "fp8": fp8.fake_quantize}[format]
+        return quantize(x, tensor_scale, name=name)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0], None, None
+        return gradients[0], None, None, None
 
 
 @dataclass
 class BlockCounts:
-    """Activation blocks seen while counting: how many saturate (amax above 2688 tensor scales), how many have a
-    subnormal block scale, how many there were."""
+    """Activation blocks of 16 seen while counting: how many saturate (amax above 2688 tensor scales in NVFP4, 448 in
+    FP8), how many have a subnormal block scale (NVFP4), how many there were.
+
+    overshoot: the largest magnitude over what the tensor scale of its group can hold; above 1 it saturates. overshoot_in:
+        where that was. A share over all blocks is blind to one token that is thirty times too large; this is not.
+    """
 
     total: int = 0
     saturated: int = 0
     subnormal: int = 0
+    overshoot: float = 0.0
+    overshoot_in: str = ""
 
-    def add(self, x: Tensor, tensor_scale: Tensor) -> None:
-        scale = blocks(x.detach()).abs().amax(dim=-1).float() / (E2M1_MAX * tensor_scale)
+    def add(self, x: Tensor, tensor_scale: Tensor, format: Format, name: str) -> None:
+        largest = E2M1_MAX if format == "nvfp4" else 1.0
+        scale = blocks(x.detach()).abs().amax(dim=-1).float() / (largest * tensor_scale)
         self.total += scale.numel()
         self.saturated += int((scale > E4M3_MAX).sum())
-        self.subnormal += int(((scale > 0) & (scale < 8 * E4M3_SMALLEST)).sum())
+        overshoot = float(scale.max()) / E4M3_MAX
+        if overshoot > self.overshoot:
+            self.overshoot, self.overshoot_in = overshoot, name
+        if format == "nvfp4":
+            self.subnormal += int(((scale > 0) & (scale < 8 * E4M3_SMALLEST)).sum())
 
 
 class InputQuantizer(nn.Module):
@@ -68,11 +79,12 @@ class InputQuantizer(nn.Module):
         if self._result is None or not self._holds(x):
             self.quantizations += 1
             if self.counts is not None:
-                self.counts.add(x, self.tensor_scale)
+                self.counts.add(x, self.tensor_scale, self.group.format, self.group.name)
+            quantized = _FakeQuantize.apply(x, self.tensor_scale, self.group.format, f"input of {self.group.name}")
             if x.is_inference():  # such tensors keep no count of writes in place, so sharing could go stale
-                return _FakeQuantize.apply(x, self.tensor_scale, f"input of {self.group.name}")
+                return quantized
             self._source = (x, x._version, torch.is_grad_enabled())
-            self._result = _FakeQuantize.apply(x, self.tensor_scale, f"input of {self.group.name}")
+            self._result = quantized
             self._consumers_left = len(self.group.members)
         result = self._result
         self._consumers_left -= 1
@@ -92,16 +104,19 @@ class QuantizedLinear(nn.Linear):
 
     encoding: the codes and scales that the live weight decodes; what export writes. None after loading.
     original: the weight before quantization, from which training starts its master. None after loading.
+    frozen_block_scale: the block scales that every projection keeps; None where each projection derives them by amax.
     """
 
+    format: Format = "nvfp4"
     tensor_scale: Tensor
 
     def __init__(self, source: nn.Linear, tensor_scale: Tensor, input_quantizer: InputQuantizer | None) -> None:
         super().__init__(source.in_features, source.out_features, bias=False, device="meta")
         self.weight, self.bias = source.weight, source.bias
         self.input_quantizer = input_quantizer
-        self.encoding: Packed | None = None
+        self.encoding: Packed | Fp8Packed | None = None
         self.original: Tensor | None = None
+        self.frozen_block_scale: Tensor | None = None
         self.register_buffer("tensor_scale", tensor_scale, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,34 +127,29 @@ class QuantizedLinear(nn.Linear):
     @torch.no_grad()
     def project(self, master: Tensor, *, name: str) -> int:
         """Encode `master` (out, in), make the live weight its decoded value; returns how many blocks saturate."""
-        self.encoding, saturated = kernels.project(master, self.tensor_scale, self.weight, name=name)
+        self.encoding, saturated = kernels.project(
+            master, self.tensor_scale, self.weight, block_scale=self.frozen_block_scale, name=name
+        )
         return saturated
 
+    @torch.no_grad()
+    def set_encoding(self, encoding: Packed) -> None:
+        """Take codes and scales that were chosen elsewhere, and make the live weight their decoded value."""
+        self.encoding = encoding
+        self.weight.copy_(nvfp4.dequantize(encoding, self.weight.dtype))
 
-def quantize_model(model: nn.Module, recipe: Recipe, input_amax: dict[str, float] | None) -> dict[str, QuantizedLinear]:
-    """Quantize the linear layers of a BF16 model in place; returns them by name: exactly what changed.
 
-    Args:
-        input_amax: largest input magnitude by fused group, from `qad.calibrate`; None for W4A16.
-    Raises:
-        RecipeError: see `qad.recipe.match`.  CalibrationError: a group was never calibrated, or never saw an input but 0.
-        NonFiniteError: a weight holds NaN or infinity.
-    """
-    changed: dict[str, QuantizedLinear] = {}
-    for group in match(model, recipe).groups:
-        weights = {name: model.get_parameter(f"{name}.weight").detach() for name in group.members}
-        for name, weight in weights.items():
-            require_finite(weight, f"{name}.weight")
-        weight_amax = max(float(weight.abs().amax()) for weight in weights.values())
-        weight_scale = tensor_scale_for(weight_amax, power_of_two=recipe.power_of_two)
-        input_scale = None
-        if recipe.activations:
-            input_scale = tensor_scale_for(_input_amax(group, input_amax) * recipe.headroom, power_of_two=recipe.power_of_two)
-        for name, module in install(model, group, dict.fromkeys(group.members, weight_scale), input_scale).items():
-            module.original = module.weight.detach().clone()
-            module.project(module.original, name=f"{name}.weight")
-            changed[name] = module
-    return changed
+class Fp8Linear(QuantizedLinear):
+    """The same with an FP8 weight (E4M3, one scale a tensor) and an FP8 input."""
+
+    format: Format = "fp8"
+
+    @torch.no_grad()
+    def project(self, master: Tensor, *, name: str) -> int:
+        """As for NVFP4; returns how many weights lie beyond 448 tensor scales."""
+        self.encoding = fp8.quantize(master, self.tensor_scale, name=name)
+        self.weight.copy_(fp8.dequantize(self.encoding, self.weight.dtype))
+        return int((master.abs() > E4M3_MAX * self.tensor_scale).sum())
 
 
 def install(
@@ -147,9 +157,10 @@ def install(
 ) -> dict[str, QuantizedLinear]:
     """Swap the members of `group` for quantized linear layers that keep their weights as they are."""
     quantizer = None if input_scale is None else InputQuantizer(group, input_scale)
+    linear = {"nvfp4": QuantizedLinear, "fp8": Fp8Linear}[group.format]
     installed = {}
     for name in group.members:
-        module = QuantizedLinear(model.get_submodule(name), weight_scales[name], quantizer)  # type: ignore[arg-type]
+        module = linear(model.get_submodule(name), weight_scales[name], quantizer)  # type: ignore[arg-type]
         model.set_submodule(name, module.train(model.training))
         installed[name] = module
     return installed
@@ -166,25 +177,15 @@ def input_quantizers(model: nn.Module) -> list[InputQuantizer]:
 
 
 def encoding_digest(modules: dict[str, QuantizedLinear]) -> str:
-    """sha256 over every name, code, block scale, tensor scale and input scale: equal digests are equal checkpoints."""
+    """sha256 over every name, code and scale of weights and inputs: equal digests are equal checkpoints."""
     digest = hashlib.sha256()
     for name in sorted(modules):
         module = modules[name]
         if module.encoding is None:
             raise ValueError(f"{name}: holds no encoding; only a model that was quantized in memory has one")
         quantizer = module.input_quantizer
-        scales = [module.encoding.tensor_scale] + ([] if quantizer is None else [quantizer.tensor_scale])
+        scales = [] if quantizer is None else [quantizer.tensor_scale]
         digest.update(name.encode())
-        for tensor in (module.encoding.packed, module.encoding.block_scale.view(torch.uint8), *scales):
+        for tensor in (*module.encoding.tensors(), *scales):
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _input_amax(group: FusedGroup, input_amax: dict[str, float] | None) -> float:
-    amax = (input_amax or {}).get(group.name)
-    if not amax:
-        found = "no record of it" if amax is None else "an amax of 0"
-        raise CalibrationError(
-            f"{group.name}: activations are quantized but calibration has {found}; calibrate with text that reaches it"
-        )
-    return amax

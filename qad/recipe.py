@@ -10,11 +10,19 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal, get_args
 
 from torch import nn
 
+from qad import kv_cache
 from qad.errors import RecipeError
 from qad.nvfp4 import BLOCK_SIZE
+from qad.scales import BlockScaleRule
+
+Format = Literal["nvfp4", "fp8"]
+ScaleRule = Literal["amax", "mse", "four_over_six", "gptq"]
+ScaleWeighting = Literal["none", "second_moment"]
+BlockScales = Literal["recomputed", "frozen"]
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Name of the fused layer and its members, as siblings under one parent (vLLM's names)."""
@@ -28,14 +36,53 @@ class Recipe:
     exclude: shell-style patterns of module names that stay in BF16; each must match a linear layer.
     power_of_two: tensor scales are rounded up to powers of two, which makes every decoded value exact in BF16.
     headroom: the input amax seen in calibration is multiplied by this before its tensor scale is derived.
+    scale_rule: how the block scales of weights are chosen (see `qad.scales`), or "gptq": codes by `qad.gptq` on the block
+        scales of amax, or of "mse" where errors are weighted.
+    scale_weighting: "second_moment" weighs the errors of "mse" by the mean square of each input column; with "gptq", those
+        are the block scales that it keeps.
+    scale_multiplier: on the tensor scales of weights, at least 1, after their rounding: no better or worse in itself, it draws the
+        roundings anew, and the spread over several is the noise floor of any comparison of scale rules.
+    block_scales: in training, "recomputed" by amax at each projection or "frozen" as PTQ left them, the only choice with rules
+        other than amax.
+    fp8: shell-style patterns of names that become FP8 (E4M3, one scale a tensor, inputs too) instead of NVFP4.
+    kv_cache: "bf16" or "fp8": keys and values of attention in E4M3 with one calibrated scale a layer each.
     """
 
     activations: bool = True
     exclude: tuple[str, ...] = ("lm_head",)
     power_of_two: bool = True
     headroom: float = 4.0
+    scale_rule: ScaleRule = "amax"
+    scale_weighting: ScaleWeighting = "none"
+    scale_multiplier: float = 1.0
+    block_scales: BlockScales = "recomputed"
+    fp8: tuple[str, ...] = ()
+    kv_cache: Literal["bf16", "fp8"] = "bf16"
+
+    @property
+    def block_scale_rule(self) -> BlockScaleRule:
+        """The rule that chooses the block scales."""
+        if self.scale_rule != "gptq":
+            return self.scale_rule
+        return "amax" if self.scale_weighting == "none" else "mse"
 
     def __post_init__(self) -> None:
+        if self.scale_rule not in get_args(ScaleRule):
+            raise RecipeError(f"scale_rule {self.scale_rule!r}: allowed: {', '.join(get_args(ScaleRule))}")
+        if self.scale_rule != "amax" and self.block_scales != "frozen":
+            raise RecipeError(
+                f'scale_rule "{self.scale_rule}" takes block_scales = "frozen": to recompute them is the amax rule'
+            )
+        if self.scale_weighting != "none" and self.scale_rule not in ("mse", "gptq"):
+            raise RecipeError(
+                f'scale_weighting has no effect with scale_rule "{self.scale_rule}"; only "mse" and "gptq" weigh errors'
+            )
+        if not 1 <= self.scale_multiplier < float("inf"):
+            raise RecipeError(
+                f"scale_multiplier must be 1 or more, found {self.scale_multiplier!r}: less would saturate weights"
+            )
+        if self.fp8 and not self.activations:
+            raise RecipeError("fp8 layers quantize their inputs too; with activations = false leave fp8 empty or exclude them")
         if not 0 < self.headroom < float("inf"):
             raise RecipeError(f"headroom must be a positive number, found {self.headroom!r}")
 
@@ -46,14 +93,16 @@ class FusedGroup:
 
     name: str
     members: tuple[str, ...]
+    format: Format = "nvfp4"
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What a recipe quantizes in a model, and what it leaves."""
+    """What a recipe quantizes in a model, and what it leaves. kv_cache: names of attention layers with an FP8 cache."""
 
     groups: tuple[FusedGroup, ...]
     excluded: tuple[str, ...]
+    kv_cache: tuple[str, ...] = ()
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -70,27 +119,34 @@ def match(model: nn.Module, recipe: Recipe) -> Targets:
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     _refuse_expert_stacks(model)
-    excluded = _excluded(tuple(linears), recipe.exclude)
-    chosen = [name for name in linears if name not in excluded]
-    if not chosen:
+    names = tuple(linears)
+    excluded = _matching(names, recipe.exclude, "exclude")
+    fp8 = _matching(names, recipe.fp8, "fp8")
+    both = sorted(set(excluded) & set(fp8))
+    if both:
+        raise RecipeError(f"{both[0]}: matched by both exclude and fp8; a layer has one format: narrow one of the patterns")
+    formats: dict[str, Format] = {name: "fp8" if name in fp8 else "nvfp4" for name in names if name not in excluded}
+    if not formats:
         raise RecipeError(f"exclude = {list(recipe.exclude)} leaves no linear layer to quantize; narrow the patterns")
-    for name in chosen:
-        if linears[name].in_features % BLOCK_SIZE:
+    if "nvfp4" not in formats.values():
+        raise RecipeError(f"fp8 = {list(recipe.fp8)} leaves no layer for NVFP4; narrow the patterns")
+    tables: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    for name, found in formats.items():
+        if found == "nvfp4" and linears[name].in_features % BLOCK_SIZE:
             raise RecipeError(
                 f"{name}: input width {linears[name].in_features} is not a multiple of {BLOCK_SIZE}, the NVFP4 block; "
                 f'add "{name}" to exclude'
             )
-    tables: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    for name in chosen:
         if any(linears[name].weight is table.weight for table in tables):
             raise RecipeError(f'{name}: shares its weight with the embedding, which stays BF16; add "{name}" to exclude')
-    return Targets(groups_of(chosen, tuple(linears)), tuple(excluded))
+    attention = kv_cache.attention_modules(model) if recipe.kv_cache == "fp8" else ()
+    return Targets(groups_of(formats, names), tuple(excluded), attention)
 
 
-def groups_of(chosen: list[str], linears: tuple[str, ...]) -> tuple[FusedGroup, ...]:
-    """`chosen` layer names as fused groups; RecipeError where a group of the model's `linears` is chosen in part."""
+def groups_of(formats: dict[str, Format], linears: tuple[str, ...]) -> tuple[FusedGroup, ...]:
+    """Layers with their formats as fused groups; RecipeError where a group of the model's `linears` is split."""
     groups: dict[str, list[str]] = {}
-    for name in chosen:
+    for name in formats:
         groups.setdefault(_group_name(name, linears), []).append(name)
     for group, members in groups.items():
         siblings = [name for name in linears if _group_name(name, linears) == group]
@@ -100,7 +156,10 @@ def groups_of(chosen: list[str], linears: tuple[str, ...]) -> tuple[FusedGroup, 
                 f"{group}: the recipe splits a fused group: {', '.join(members)} would be quantized and "
                 f"{', '.join(left_out)} not, but they share one tensor scale when served; exclude all of them or none"
             )
-    return tuple(FusedGroup(group, tuple(members)) for group, members in groups.items())
+        if len({formats[name] for name in members}) > 1:
+            listed = ", ".join(f"{name} {formats[name]}" for name in members)
+            raise RecipeError(f"{group}: the recipe splits a fused group over two formats: {listed}; give all of them one")
+    return tuple(FusedGroup(group, tuple(members), formats[members[0]]) for group, members in groups.items())
 
 
 def _group_name(name: str, linears: tuple[str, ...]) -> str:
@@ -112,13 +171,11 @@ def _group_name(name: str, linears: tuple[str, ...]) -> str:
     return name
 
 
-def _excluded(linears: tuple[str, ...], patterns: tuple[str, ...]) -> list[str]:
+def _matching(linears: tuple[str, ...], patterns: tuple[str, ...], key: str) -> list[str]:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in linears):
             near = difflib.get_close_matches(pattern, linears, n=3, cutoff=0.3) or list(linears[:3])
-            raise RecipeError(
-                f'exclude pattern "{pattern}" matches no linear layer of the model; near names: {", ".join(near)}'
-            )
+            raise RecipeError(f'{key} pattern "{pattern}" matches no linear layer of the model; near names: {", ".join(near)}')
     return [name for name in linears if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 

@@ -7,7 +7,8 @@ from torch.utils.checkpoint import checkpoint
 
 from qad import nvfp4
 from qad.errors import CalibrationError, NonFiniteError
-from qad.modules import encoding_digest, input_quantizers, quantize_model
+from qad.modules import encoding_digest, input_quantizers
+from qad.quantize import quantize_model
 from qad.recipe import Recipe
 
 AMAX = {"qkv_proj": 4.0, "o_proj": 4.0}

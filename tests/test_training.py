@@ -10,7 +10,8 @@ from qad.distill import Batch, Masters, Optimization, batch_loss, train
 from qad.divergence import final_hidden, measure, summarize
 from qad.errors import CalibrationError, TrainingError
 from qad.losses import CHUNK_TOKENS, cross_entropy, forward_kl, token_divergence
-from qad.modules import encoding_digest, quantize_model
+from qad.modules import BlockCounts, encoding_digest
+from qad.quantize import quantize_model
 from qad.recipe import Recipe
 
 
@@ -105,8 +106,20 @@ def test_too_little_headroom_saturates_and_is_refused(tiny_model):
         list(final_hidden(student, batches))
     assert counts.saturated > 0.01 * counts.total
     with pytest.raises(CalibrationError, match=r"activation blocks saturate.*raise calibration\.headroom"):
-        require_unsaturated(counts, 0.001)
-    require_unsaturated(counts, 1.0)
+        require_unsaturated(counts, max_saturated=0.001, max_overshoot=1e9)
+    require_unsaturated(counts, max_saturated=1.0, max_overshoot=1e9)
+
+
+def test_one_token_far_beyond_its_scale_is_refused_where_its_share_of_blocks_is_not():
+    counts = BlockCounts()
+    x = torch.ones(1000, 64)
+    counts.add(x, torch.tensor(1.0 / 2688), "nvfp4", "quiet")
+    x[0, 0] = 30.0
+    counts.add(x, torch.tensor(1.0 / 2688), "nvfp4", "loud")
+    assert counts.saturated == 1 and counts.overshoot == pytest.approx(30.0, rel=1e-3)
+    require_unsaturated(counts, max_saturated=0.001, max_overshoot=31.0)
+    with pytest.raises(CalibrationError, match=r"input of loud reaches 30 times .* calibration.max_overshoot = 2: raise"):
+        require_unsaturated(counts, max_saturated=0.001, max_overshoot=2.0)
 
 
 def test_training_starts_at_ptq_and_every_projection_keeps_live_weights_decoded(pair):
