@@ -1,44 +1,55 @@
-"""The packed checkpoint: written in ModelOpt's layout, loaded back into a transformers model.
+"""The packed checkpoint: written in either layout, loaded back into a transformers model.
 
-The only place that knows foreign tensor names. Layout of a quantized linear layer `X`:
-    X.weight          uint8 (out, in/2), two codes a byte, low nibble first
-    X.weight_scale    float8_e4m3fn (out, in/16), block scales, row-major
-    X.weight_scale_2  float32 (), the tensor scale (decodes)
-    X.input_scale     float32 (), the tensor scale of the input (decodes); absent in W4A16
-with `hf_quant_config.json` and `quantization_config` in `config.json`. Source: ModelOpt 0.47, `export/unified_export_hf.py`.
-Everything else is stored as the model holds it. A tied output head is not stored twice.
+Written: safetensors in shards, the configuration, and the companion files of the original model (tokenizer, chat template,
+generation configuration, processor). One shard is in memory at a time beside the model; the folder appears whole, under its
+name, or not at all. Everything that is not quantized is stored as the model holds it; a tied output head is not stored twice.
+Names and configurations of the layouts are in `qad.layouts`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from qad import nvfp4
+from qad import kv_cache, nvfp4
 from qad.errors import CheckpointError
 from qad.kernels import backend
-from qad.modules import install, quantized_linears
-from qad.nvfp4 import BLOCK_SIZE, Packed
-from qad.recipe import Targets, groups_of
+from qad.layouts import (
+    CACHE_NAMES,
+    NAMES,
+    Layout,
+    QuantizedLayer,
+    Scheme,
+    cache_tensors,
+    configs,
+    layer_tensors,
+)
+from qad.modules import QuantizedLinear, install, quantized_linears
+from qad.packed import decode, layer_names, read_cache, read_config, read_layer, scheme_of
+from qad.recipe import Format, Targets, groups_of
+from qad.tensor_files import INDEX, SHARD_BYTES, TensorFiles, sizes_of, write_json, write_shards
 
-WEIGHTS = "model.safetensors"
-_NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".gguf", ".pt", ".pth", ".pkl")
+RECORD = "quantization_record.json"
+"""How a checkpoint was made: recipe, scale rule, calibration, seed, versions."""
+_NOT_COPIED = (".safetensors", INDEX, ".bin", ".gguf", ".pt", ".pth", ".pkl", ".jsonl", "hf_quant_config.json", RECORD)
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A checkpoint in memory: the model, and what computes its modules.
 
-    kernels: by class of module ("linear", "kv_cache"): "bf16", "w4a4_emulation" or "w4a16".
-    backend: which code quantizes activations, "numba" or "torch"; None where none are. All of them are bit-equal.
+    kernels: by class of module. "linear": "bf16", "w4a4_emulation", "w4a16" or "w8a8_emulation"; "linear_fp8" beside it where
+        a recipe is mixed; "kv_cache": "bf16" or "fp8_emulation".
+    backend: which code quantizes activations, "numba", "triton" or "torch"; None where none are. All of them are bit-equal.
     """
 
     model: Any
@@ -46,192 +57,182 @@ class Loaded:
     backend: str | None
 
 
-def write_checkpoint(folder: Path, model: Any, *, targets: Targets | None, companions: Path, metadata: dict[str, str]) -> None:
-    """Write `model` to the empty or missing `folder`: weights, config, and the companion files of the original.
+def write_checkpoint(
+    folder: Path,
+    model: Any,
+    *,
+    targets: Targets | None,
+    companions: Path,
+    record: dict[str, Any],
+    layout: Layout = "modelopt",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write `model` to the empty or missing `folder`.
 
     Args:
         targets: what was quantized; None writes the model as it is.
-        companions: the folder of the original model; its tokenizer, chat template and the like are copied.
-        metadata: strings kept in the safetensors header.
+        companions: the folder of the original model.
+        record: how it was made; kept beside the weights and in the header of every shard.
+    Raises:
+        CheckpointError: `folder` holds files already.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = _tensors(model)
-    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    if targets is not None:
-        w4a4 = any(module.input_quantizer is not None for module in quantized_linears(model).values())
-        config["quantization_config"] = _quantization_config(targets, w4a4)
-        _write_json(folder / "hf_quant_config.json", _hf_quant_config(targets, w4a4))
-    _write_json(folder / "config.json", config)
-    for path in sorted(companions.iterdir()):
-        if path.is_file() and not path.name.endswith(_NOT_COPIED) and not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"} | metadata)
+    with appearing(folder) as partial:
+        tensors = dict(_stored_tensors(model, layout))
+        config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+        if targets is not None:
+            w4a4 = any(module.input_quantizer is not None for module in quantized_linears(model).values())
+            config["quantization_config"], hf_quant_config = configs(layout, targets, activations=w4a4)
+            if hf_quant_config is not None:
+                write_json(partial / "hf_quant_config.json", hf_quant_config)
+            write_json(partial / RECORD, record)
+        write_json(partial / "config.json", config)
+        copy_companions(companions, partial)
+        metadata = {"qad": json.dumps(record, sort_keys=True)}
+        write_shards(partial, sizes_of(tensors.items()), tensors.__getitem__, metadata=metadata, shard_bytes=shard_bytes)
 
 
-def load_checkpoint(folder: Path) -> Loaded:
-    """Load a BF16 or packed NVFP4 folder onto the CPU, in BF16 and in evaluation mode.
+def load_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Loaded:
+    """Load a BF16 or packed folder of either layout onto the CPU, in BF16 and in evaluation mode.
 
+    Args:
+        trust_remote_code: run the Python files of the folder where its configuration names them.
     Raises:
         CheckpointError: not a folder with config.json and safetensors, another quantization, tensors that are missing,
-            left over, of a wrong type or shape, not finite, or unequal scales in a fused group.
+            left over, of a wrong type or shape, not finite, unequal scales in a fused group, a configuration that disagrees.
     """
-    config = _read_config(folder)
-    tensors = read_tensors(folder)
-    quantization = config.pop("quantization_config", None)
-    if quantization is None:
-        return Loaded(_build(folder, config, tensors), {"linear": "bf16", "kv_cache": "bf16"}, None)
-    _require_supported(folder, quantization)
-    encodings = _take_encodings(folder, tensors)
-    input_scales = {name: tensors.pop(f"{name}.input_scale", None) for name in encodings}
-    for name, encoding in encodings.items():
-        tensors[f"{name}.weight"] = nvfp4.dequantize(encoding)
-    model = _build(folder, config, tensors)
-    with_input = {scale is not None for scale in input_scales.values()}
-    if len(with_input) > 1:
-        raise CheckpointError(
-            f"{folder}: some quantized layers have an input_scale and some have none; it must be one or the other"
-        )
+    config = read_config(folder)
+    files = TensorFiles(folder)
+    scheme = scheme_of(folder, config)
+    config.pop("quantization_config", None)
+    if scheme is None:
+        plain = {name: files.get(name) for name in files.where}
+        model = _build(folder, config, plain, trust_remote_code)
+        return Loaded(model, {"linear": "bf16", "kv_cache": "bf16"}, None)
+    names = layer_names(files, scheme.layout)
+    cache = read_cache(files, scheme)
+    consumed = {name + suffix for name in names for suffix in NAMES[scheme.layout].all}
+    consumed |= {name + suffix for name in cache for suffix in CACHE_NAMES[scheme.layout]}
+    tensors = {name: files.get(name) for name in files.where if name not in consumed}
+    layers: dict[str, tuple[Format, Tensor, Tensor | None]] = {}
+    for name in names:
+        layer = read_layer(files, scheme, name)
+        _require_as_configured(folder, scheme, name, layer)
+        tensors[f"{name}.weight"] = decode(layer)
+        layers[name] = layer.format, layer.encoding.tensor_scale, layer.input_scale
+    model = _build(folder, config, tensors, trust_remote_code)
     linears = tuple(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-    strangers = sorted(set(encodings) - set(linears))
+    strangers = sorted(set(layers) - set(linears))
     if strangers:
         raise CheckpointError(f"{folder}: {strangers[0]} is quantized but is no linear layer of {type(model).__name__}")
-    for group in groups_of(list(encodings), linears):
-        weight_scales = {name: encodings[name].tensor_scale for name in group.members}
-        scales = [input_scales[name] for name in group.members]
-        _require_equal(folder, group.name, "weight_scale_2", list(weight_scales.values()))
-        _require_equal(folder, group.name, "input_scale", [scale for scale in scales if scale is not None])
-        install(model, group, weight_scales, scales[0])
-    w4a4 = True in with_input
-    if w4a4 != (quantization["quant_algo"] == "NVFP4"):
+    for name in sorted(set(linears) - set(layers)):
+        if scheme.group_of(name) is not None:
+            raise CheckpointError(
+                f"{folder}: its config says that {name} is quantized but its tensor is not; the config disagrees with the tensors: "
+                "export it again, or list the layer among those left alone"
+            )
+    formats: dict[str, Format] = {name: format for name, (format, _, _) in layers.items()}
+    for group in groups_of(formats, linears):
+        scales = [layers[name][1:] for name in group.members]
+        _require_equal(folder, group.name, "tensor scales", [scale for scale, _ in scales])
+        _require_equal(folder, group.name, "input scales", [scale for _, scale in scales if scale is not None])
+        if len({scale is None for _, scale in scales}) > 1:
+            raise CheckpointError(
+                f"{folder}: {group.name}: some of its members have an input scale and some have none; serving engines merge them"
+            )
+        install(model, group, {name: layers[name][1] for name in group.members}, scales[0][1])
+    if cache:
+        kv_cache.install(model, cache)
+    kernels = kernels_of({(formats[name], layers[name][2] is not None) for name in layers}, has_fp8_cache=bool(cache))
+    is_w4a4 = any("w4a4" in kernel for kernel in kernels.values())
+    return Loaded(model, kernels, backend(torch.device("cpu")) if is_w4a4 else None)
+
+
+def kernels_of(formats: set[tuple[Format, bool]], *, has_fp8_cache: bool) -> dict[str, str]:
+    """What computes each class of module in this library, given the formats and whether inputs are quantized; joined by "+"."""
+    names = {
+        ("nvfp4", True): "w4a4_emulation",
+        ("nvfp4", False): "w4a16",
+        ("fp8", True): "w8a8_emulation",
+        ("fp8", False): "w8a16",
+    }
+    found = {
+        format: "+".join(sorted(names[key] for key in formats if key[0] == format))
+        for format in sorted({key[0] for key in formats})
+    }
+    mixed = {"linear_fp8": found["fp8"]} if len(found) > 1 else {}
+    return {
+        "linear": found.get("nvfp4", found.get("fp8", "bf16")),
+        **mixed,
+        "kv_cache": "fp8_emulation" if has_fp8_cache else "bf16",
+    }
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to fill beside `folder`; it becomes `folder` when the block ends without an error, and vanishes otherwise.
+
+    What a process that was killed left of an earlier attempt is removed. Raises CheckpointError where that cannot be.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: is there already and not empty; choose another folder or remove it")
+    partial = folder.with_name(f".partial-{folder.name}-{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for abandoned in folder.parent.glob(f".partial-{folder.name}-*"):
+            if not Path(f"/proc/{abandoned.name.rpartition('-')[2]}").exists():
+                shutil.rmtree(abandoned, ignore_errors=True)
+        partial.mkdir()
+    except (FileExistsError, NotADirectoryError) as error:
         raise CheckpointError(
-            f"{folder}: quant_algo is {quantization['quant_algo']} (W4A{4 if quantization['quant_algo'] == 'NVFP4' else 16}) but its "
-            f"layers {'have' if w4a4 else 'lack'} an input_scale; the config disagrees with the tensors: export it again"
-        )
-    kernels = {"linear": "w4a4_emulation" if w4a4 else "w4a16", "kv_cache": "bf16"}
-    return Loaded(model, kernels, backend(torch.device("cpu")) if w4a4 else None)
+            f"{folder}: cannot be made: {error.strerror} ({error.filename}); choose another folder"
+        ) from error
+    try:
+        yield partial
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the safetensors files in `folder`, by name (CheckpointError where there is none or one is cut short)."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder}: holds no *.safetensors file; pickled weights are never read")
-    tensors: dict[str, Tensor] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                    tensors[name] = opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); is it cut short? copy it again") from error
-    return tensors
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what belongs to a model beside its weights and configuration, and is not there yet."""
+    for path in sorted(source.iterdir()):
+        is_companion = path.is_file() and not path.name.endswith(_NOT_COPIED) and not path.name.startswith(".")
+        if is_companion and not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)
 
 
-def _tensors(model: Any) -> dict[str, Tensor]:
+def _stored_tensors(model: Any, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     quantized = quantized_linears(model)
-    tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in model.state_dict().items():
         module_name, _, leaf = name.rpartition(".")
         if leaf == "weight" and module_name in quantized:
-            tensors |= _quantized_tensors(module_name, quantized[module_name])
+            yield from layer_tensors(layout, module_name, _layer(module_name, quantized[module_name])).items()
         elif tensor.data_ptr() not in storages:
             storages.add(tensor.data_ptr())
-            tensors[name] = tensor.detach().contiguous()
-    return tensors
+            yield name, tensor
+    for name, cache in kv_cache.kv_cache_quantizers(model).items():
+        yield from cache_tensors(layout, name, cache.k_scale, cache.v_scale).items()
 
 
-def _quantized_tensors(name: str, module: Any) -> dict[str, Tensor]:
-    encoding = module.encoding
-    if encoding is None:
+def _layer(name: str, module: QuantizedLinear) -> QuantizedLayer:
+    if module.encoding is None:
         raise ValueError(f"{name}: holds no encoding; only a model that was quantized in memory can be written")
-    tensors = {
-        f"{name}.weight": encoding.packed.contiguous(),
-        f"{name}.weight_scale": encoding.block_scale.contiguous(),
-        f"{name}.weight_scale_2": encoding.tensor_scale.clone(),
-    }
-    if module.input_quantizer is not None:
-        tensors[f"{name}.input_scale"] = module.input_quantizer.tensor_scale.clone()
-    return tensors
+    quantizer = module.input_quantizer
+    return QuantizedLayer(module.encoding, None if quantizer is None else quantizer.tensor_scale)
 
 
-def _hf_quant_config(targets: Targets, w4a4: bool) -> dict[str, Any]:
-    return {
-        "producer": {"name": "qad-harness", "version": "1"},
-        "quantization": {
-            "quant_algo": "NVFP4" if w4a4 else "W4A16_NVFP4",
-            "kv_cache_quant_algo": None,
-            "group_size": BLOCK_SIZE,
-            "exclude_modules": list(targets.excluded),
-        },
-    }
-
-
-def _quantization_config(targets: Targets, w4a4: bool) -> dict[str, Any]:
-    scheme = {"dynamic": False, "group_size": BLOCK_SIZE, "num_bits": 4, "type": "float"}
-    group: dict[str, Any] = {"weights": scheme, "targets": ["Linear"]}
-    if w4a4:
-        group["input_activations"] = scheme
-    return {
-        "quant_method": "modelopt",
-        "quant_algo": "NVFP4" if w4a4 else "W4A16_NVFP4",
-        "producer": {"name": "qad-harness", "version": "1"},
-        "ignore": list(targets.excluded),
-        "config_groups": {"group_0": group},
-    }
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: holds no config.json; a checkpoint is a folder with config.json and *.safetensors")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
-    if config.get("auto_map"):
-        raise CheckpointError(f"{path}: asks for remote code (auto_map), which is not available in this version")
-    if "quantization_config" not in config and (folder / "hf_quant_config.json").is_file():
-        config["quantization_config"] = {"quant_method": "modelopt"} | json.loads(
-            (folder / "hf_quant_config.json").read_text()
-        )["quantization"]
-    return config
-
-
-def _require_supported(folder: Path, quantization: dict[str, Any]) -> None:
-    method, algorithm = quantization.get("quant_method"), quantization.get("quant_algo")
-    if method != "modelopt" or algorithm not in ("NVFP4", "W4A16_NVFP4"):
-        raise CheckpointError(
-            f"{folder}: quantized with quant_method {method!r}, quant_algo {algorithm!r}; this version reads ModelOpt's "
-            "layout with quant_algo NVFP4 or W4A16_NVFP4"
+def _require_as_configured(folder: Path, scheme: Scheme, name: str, layer: QuantizedLayer) -> None:
+    expected = scheme.group_of(name)
+    found = (layer.format, layer.input_scale is not None)
+    if expected != found:
+        said = (
+            "is left alone" if expected is None else f"is {expected[0]} {'with' if expected[1] else 'without'} an input scale"
         )
-    kv_cache = quantization.get("kv_cache_quant_algo") or quantization.get("kv_cache_scheme")
-    if kv_cache:
-        raise CheckpointError(f"{folder}: asks for a quantized KV cache ({kv_cache}), which is not available in this version")
-
-
-def _take_encodings(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Packed]:
-    encodings = {}
-    for name in [key.removesuffix(".weight") for key, tensor in tensors.items() if key.endswith(".weight")]:
-        packed = tensors[f"{name}.weight"]
-        if packed.dtype is not torch.uint8:
-            continue
-        try:
-            scale, tensor_scale = tensors.pop(f"{name}.weight_scale"), tensors.pop(f"{name}.weight_scale_2")
-        except KeyError as error:
-            raise CheckpointError(f"{folder}: {name}.weight is packed but {error.args[0]} is missing") from error
-        expected = (packed.shape[0], packed.shape[1] * 2 // BLOCK_SIZE)
-        if scale.dtype is not torch.float8_e4m3fn or tuple(scale.shape) != expected:
-            raise CheckpointError(
-                f"{folder}: {name}.weight_scale is {scale.dtype} {tuple(scale.shape)}; NVFP4 needs float8_e4m3fn {expected}"
-            )
-        if tensor_scale.dtype is not torch.float32 or tensor_scale.numel() != 1 or not 0 < float(tensor_scale) < float("inf"):
-            raise CheckpointError(f"{folder}: {name}.weight_scale_2 must be one positive float32, found {tensor_scale}")
-        nvfp4.require_finite(scale.float(), f"{folder}: {name}.weight_scale")
-        encodings[name] = Packed(packed, scale, tensor_scale.reshape(()))
-    if not encodings:
-        raise CheckpointError(f"{folder}: its config says NVFP4 but no tensor is packed")
-    return encodings
+        raise CheckpointError(
+            f"{folder}: its config says that {name} {said} but its tensors are {found[0]} {'with' if found[1] else 'without'} "
+            "one; the config disagrees with the tensors: export it again"
+        )
 
 
 def _require_equal(folder: Path, group: str, what: str, scales: list[Tensor]) -> None:
@@ -241,23 +242,24 @@ def _require_equal(folder: Path, group: str, what: str, scales: list[Tensor]) ->
             f"{folder}: {group}: its members have different {what} {sorted(values)}; serving engines take the largest and "
             "decode the others wrongly; export the checkpoint again with one scale a fused group"
         )
-    if values and not 0 < values.pop() < float("inf"):
-        raise CheckpointError(f"{folder}: {group}: {what} must be positive and finite")
 
 
-def _build(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+def _build(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], trust_remote_code: bool) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             nvfp4.require_finite(tensor.float(), f"{folder}: {name}")
-    try:
-        model_config = AutoConfig.for_model(**config)
-        architecture = AutoModelForCausalLM._model_mapping[type(model_config)]
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: model_type {config.get('model_type')!r} is no causal language model that transformers knows natively"
-        ) from error
+    if config.get("auto_map"):
+        model_config, architecture = _remote_code(folder, config, trust_remote_code)
+    else:
+        try:
+            model_config = AutoConfig.for_model(**config)
+            architecture = AutoModelForCausalLM._model_mapping[type(model_config)]
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder}: model_type {config.get('model_type')!r} is no causal language model that transformers knows natively"
+            ) from error
     model, report = architecture.from_pretrained(
         None, config=model_config, state_dict=tensors, dtype=torch.bfloat16, output_loading_info=True
     )
@@ -267,6 +269,30 @@ def _build(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> 
     model.generation_config = GenerationConfig()
     _require_plain_head(folder, model.eval())
     return model
+
+
+def _remote_code(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> tuple[Any, Any]:
+    """Configuration and model class from the Python files in `folder`, and from nowhere else."""
+    from transformers import AutoConfig
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    classes = config["auto_map"]
+    elsewhere = sorted(str(c) for c in classes.values() if "--" in str(c))
+    if elsewhere:
+        raise CheckpointError(
+            f"{folder}: its remote code lies in another repository ({elsewhere[0]}), which nothing pins; not read"
+        )
+    if not trust_remote_code:
+        raise CheckpointError(
+            f"{folder}: asks for remote code (auto_map: {', '.join(sorted(classes))}); it runs only where the suite says "
+            "[model] trust_remote_code = true and the model is a folder or a hub id with its revision"
+        )
+    if "AutoModelForCausalLM" not in classes:
+        raise CheckpointError(f"{folder}: its remote code has no AutoModelForCausalLM; found: {', '.join(sorted(classes))}")
+    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    if hasattr(model_config, "quantization_config"):
+        del model_config.quantization_config
+    return model_config, get_class_from_dynamic_module(classes["AutoModelForCausalLM"], str(folder))
 
 
 @torch.no_grad()
@@ -279,7 +305,3 @@ def _require_plain_head(folder: Path, model: Any) -> None:
             f"{folder}: the logits of {type(model).__name__} are not lm_head(hidden): they are scaled, capped or biased; "
             "such a model is not available in this version"
         )
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

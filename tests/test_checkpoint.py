@@ -11,7 +11,8 @@ from qad import nvfp4
 from qad.checkpoint import load_checkpoint, write_checkpoint
 from qad.errors import CheckpointError, NonFiniteError
 from qad.footprint import footprint
-from qad.modules import quantize_model
+from qad.packed import read_encodings
+from qad.quantize import quantize_model
 from qad.recipe import Recipe, match
 
 
@@ -22,7 +23,7 @@ def packed(tiny_model, tmp_path):
     model = load_checkpoint(tiny_model).model
     targets = match(model, Recipe())
     quantize_model(model, Recipe(), {group.name: 8.0 for group in targets.groups})
-    write_checkpoint(folder, model, targets=targets, companions=tiny_model, metadata={"note": "test"})
+    write_checkpoint(folder, model, targets=targets, companions=tiny_model, record={})
     return folder, model
 
 
@@ -68,7 +69,7 @@ def test_w4a16_has_no_input_scales_and_says_so(tiny_model, tmp_path):
     recipe = Recipe(activations=False)
     targets = match(model, recipe)
     quantize_model(model, recipe, None)
-    write_checkpoint(tmp_path / "w4a16", model, targets=targets, companions=tiny_model, metadata={})
+    write_checkpoint(tmp_path / "w4a16", model, targets=targets, companions=tiny_model, record={})
     loaded = load_checkpoint(tmp_path / "w4a16")
     assert loaded.kernels["linear"] == "w4a16"
     ids = torch.arange(30)[None]
@@ -123,13 +124,13 @@ PREFIX = "model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop(f"{PREFIX}.weight_scale"), "q_proj.weight is packed but .*weight_scale is missing"),
+        (drop(f"{PREFIX}.weight_scale"), "q_proj is packed but .*q_proj.weight_scale is missing"),
         (drop("model.norm.weight"), "do not fit LlamaForCausalLM.*model.norm.weight"),
         (replace(f"{PREFIX}.weight_scale", lambda t: t.float().to(torch.float8_e5m2)), "NVFP4 needs float8_e4m3fn"),
-        (replace(f"{PREFIX}.weight_scale_2", lambda t: t * 0), "weight_scale_2 must be one positive float32"),
-        (replace(f"{PREFIX}.weight_scale_2", lambda t: t * 2), "qkv_proj: its members have different weight_scale_2"),
-        (replace(f"{PREFIX}.input_scale", lambda t: t * 2), "qkv_proj: its members have different input_scale"),
-        (drop(f"{PREFIX}.input_scale"), "some quantized layers have an input_scale and some have none"),
+        (replace(f"{PREFIX}.weight_scale_2", lambda t: t * 0), "weight_scale_2 is 0; a scale is positive and finite"),
+        (replace(f"{PREFIX}.weight_scale_2", lambda t: t * 2), "qkv_proj: its members have different tensor scales"),
+        (replace(f"{PREFIX}.input_scale", lambda t: t * 2), "qkv_proj: its members have different input scales"),
+        (drop(f"{PREFIX}.input_scale"), "q_proj is nvfp4 with an input scale but its tensors are nvfp4 without one"),
     ],
 )
 def test_planted_defects_are_named(packed, change, message):
@@ -153,11 +154,32 @@ def test_a_nan_scale_and_a_nan_weight_are_named(packed):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "this version reads ModelOpt's layout"),
-        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}, "quant_algo 'FP8'"),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors"}},
+            "has no config_groups, so nothing says what is quantized",
+        ),
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method 'awq'; NVFP4 and FP8 checkpoints of modelopt and"),
+        (
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}},
+            "quant_algo W4A8_AWQ; allowed: NVFP4",
+        ),
+        (
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},
+            "is fp8 with an input scale but its tensors are",
+        ),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "compressed-tensors",
+                    "config_groups": {"a": {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}},
+                }
+            },
+            r"config_groups.a: weights \(8, 'int', 'channel'\).*read are NVFP4",
+        ),
         ({"model_type": "clip"}, "model_type 'clip' is no causal language model"),
         ({"model_type": "nonsense"}, "model_type 'nonsense' is no causal language model"),
-        ({"auto_map": {"AutoModel": "x.Y"}}, "remote code"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "asks for remote code .*trust_remote_code = true"),
+        ({"auto_map": {"AutoModel": "org/other--x.Y"}}, "remote code lies in another repository"),
         (
             {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_scheme": {"num_bits": 8}}},
             "KV cache",
@@ -190,7 +212,7 @@ def test_a_config_that_disagrees_with_the_tensors_about_activations_is_refused(p
         edited(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.endswith(".input_scale")])
     path = folder / "config.json"
     path.write_text(path.read_text().replace('"quant_algo": "NVFP4"', f'"quant_algo": "{algorithm}"'))
-    with pytest.raises(CheckpointError, match=f"quant_algo is {algorithm} .*the config disagrees with the tensors"):
+    with pytest.raises(CheckpointError, match="but its tensors are nvfp4 .*the config disagrees with the tensors"):
         load_checkpoint(folder)
 
 
@@ -207,3 +229,88 @@ def test_the_packed_bytes_are_those_of_the_encoding(packed):
     module = model.get_submodule(PREFIX)
     again = nvfp4.Packed(tensors[f"{PREFIX}.weight"], tensors[f"{PREFIX}.weight_scale"], tensors[f"{PREFIX}.weight_scale_2"])
     assert torch.equal(nvfp4.dequantize(again), module.weight)
+
+
+REMOTE_CONFIG = """
+from transformers import LlamaConfig
+
+
+class TinyConfig(LlamaConfig):
+    model_type = "tiny_remote"
+"""
+REMOTE_MODEL = """
+from transformers import LlamaForCausalLM
+
+from .configuration_tiny import TinyConfig
+
+
+class TinyForCausalLM(LlamaForCausalLM):
+    config_class = TinyConfig
+"""
+
+
+@pytest.fixture
+def remote(tiny_model, tmp_path, monkeypatch):
+    """The tiny model as a repository that brings Python files of its own."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "remote"
+    shutil.copytree(tiny_model, folder)
+    (folder / "configuration_tiny.py").write_text(REMOTE_CONFIG)
+    (folder / "modeling_tiny.py").write_text(REMOTE_MODEL)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "tiny_remote",
+        "auto_map": {"AutoConfig": "configuration_tiny.TinyConfig", "AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_remote_code_runs_only_where_it_is_asked_for(remote, tiny_model):
+    with pytest.raises(
+        CheckpointError, match=r"asks for remote code .*it runs only where the suite says \[model\] trust_remote_code"
+    ):
+        load_checkpoint(remote)
+    model = load_checkpoint(remote, trust_remote_code=True).model
+    assert type(model).__name__ == "TinyForCausalLM"
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, load_checkpoint(tiny_model).model(ids).logits)
+
+
+def test_remote_code_without_a_causal_language_model_is_refused(remote):
+    path = remote / "config.json"
+    config = json.loads(path.read_text())
+    del config["auto_map"]["AutoModelForCausalLM"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="its remote code has no AutoModelForCausalLM; found: AutoConfig"):
+        load_checkpoint(remote, trust_remote_code=True)
+
+
+def test_a_packed_tensor_that_belongs_to_no_linear_layer_is_named(packed):
+    folder, _ = packed
+
+    def add(tensors):
+        for part in ("weight", "weight_scale", "weight_scale_2", "input_scale"):
+            tensors[f"model.stranger.{part}"] = tensors[f"{PREFIX}.{part}"].clone()
+
+    edited(folder, add)
+    with pytest.raises(CheckpointError, match=r"model\.stranger"):
+        load_checkpoint(folder)
+
+
+def test_a_model_that_is_not_quantized_has_no_codes_to_start_from(tiny_model):
+    with pytest.raises(CheckpointError, match="is not quantized, so it has no codes to start from"):
+        read_encodings(tiny_model)
+
+
+def test_an_export_of_remote_code_keeps_its_files_and_loads_back(remote, tmp_path):
+    model = load_checkpoint(remote, trust_remote_code=True).model
+    targets = match(model, Recipe(activations=False))
+    quantize_model(model, Recipe(activations=False), None)
+    write_checkpoint(tmp_path / "out", model, targets=targets, companions=remote, record={})
+    assert (tmp_path / "out" / "modeling_tiny.py").is_file()
+    loaded = load_checkpoint(tmp_path / "out", trust_remote_code=True).model
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)

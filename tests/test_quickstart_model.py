@@ -37,7 +37,7 @@ def test_it_survives_quantization_export_and_loading_back(bf16, tmp_path):
     from qad.calibrate import calibrate
     from qad.checkpoint import load_checkpoint, write_checkpoint
     from qad.footprint import footprint
-    from qad.modules import quantize_model
+    from qad.quantize import quantize_model
     from qad.recipe import Recipe, match
 
     model = load_checkpoint(bf16).model
@@ -48,7 +48,7 @@ def test_it_survives_quantization_export_and_loading_back(bf16, tmp_path):
         targets = match(model, Recipe())
         modules = quantize_model(model, Recipe(), calibrate(model, Recipe(), [inputs]))
         assert len(modules) == 30 * 7
-        write_checkpoint(tmp_path / "nvfp4", model, targets=targets, companions=bf16, metadata={})
+        write_checkpoint(tmp_path / "nvfp4", model, targets=targets, companions=bf16, record={})
         quantized = model(ids).logits
         assert torch.equal(load_checkpoint(tmp_path / "nvfp4").model(ids).logits, quantized)
     agreement = (expected.argmax(-1) == quantized.argmax(-1)).float().mean()
