@@ -24,7 +24,7 @@ class HfEngine:
 
     def __init__(self, loaded: Loaded, tokenizer: Any, *, eos_ids: set[int], args: dict[str, Any]) -> None:
         self.model = loaded.model
-        self.kernels = loaded.kernels
+        self.kernels, self.backend = loaded.kernels, loaded.backend
         self.tokenizer = tokenizer
         self.eos_ids = frozenset(eos_ids)
         self.context_length = int(self.model.config.max_position_embeddings)
@@ -67,16 +67,7 @@ class HfEngine:
             stopping_criteria=StoppingCriteriaList([stops]),
         )
         seconds = (time.perf_counter() - began) / len(batch)
-        return [self._read(row[width:].tolist(), sampling, seconds) for row in generated]
-
-    def _read(self, tokens: list[int], sampling: Sampling, seconds: float) -> Answer:
-        ends = [i for i, token in enumerate(tokens) if token in self.eos_ids]
-        kept = tokens[: ends[0]] if ends else tokens
-        text = decode(self.tokenizer, kept)
-        cuts = [text.index(stop) for stop in sampling.until if stop in text]
-        if cuts:
-            text = text[: min(cuts)]
-        return Answer(text, tuple(kept), "stop" if ends or cuts else "length", seconds)
+        return [read_answer(self.tokenizer, self.eos_ids, row[width:].tolist(), sampling, seconds) for row in generated]
 
     def _likelihoods(self, batch: Sequence[Request]) -> list[Answer | Likelihood]:
         began = time.perf_counter()
@@ -95,6 +86,17 @@ class HfEngine:
         ]
         seconds = (time.perf_counter() - began) / len(batch)
         return [Likelihood(logprob, is_greedy, seconds) for logprob, is_greedy in found]
+
+
+def read_answer(tokenizer: Any, eos_ids: frozenset[int], tokens: list[int], sampling: Sampling, seconds: float) -> Answer:
+    """Generated tokens as an answer: cut at the first end-of-text token, its text at the first stop string."""
+    ends = [i for i, token in enumerate(tokens) if token in eos_ids]
+    kept = tokens[: ends[0]] if ends else tokens
+    text = decode(tokenizer, kept)
+    cuts = [text.index(stop) for stop in sampling.until if stop in text]
+    if cuts:
+        text = text[: min(cuts)]
+    return Answer(text, tuple(kept), "stop" if ends or cuts else "length", seconds)
 
 
 def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:

@@ -1,0 +1,220 @@
+"""The process that holds vLLM. `harness.engines.vllm` starts it; nothing of vLLM is imported in the harness itself.
+
+Written against vLLM 0.32. The engine core runs inside this process (no second one to lose), so that kernels and hidden
+states can be read from the loaded modules.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+NATIVE = (
+    "FlashInferCuteDslNvFp4LinearKernel",
+    "FlashInferCutlassNvFp4LinearKernel",
+    "FlashInferB12xNvFp4LinearKernel",
+    "FlashInferTrtllmNvFp4LinearKernel",
+    "FlashInferCudnnNvFp4LinearKernel",
+    "CutlassNvFp4LinearKernel",
+    "FbgemmNvFp4LinearKernel",
+    "B12xNvFp4LinearKernel",
+    "TorchNvFp4LinearKernel",
+)
+"""vLLM's kernels that multiply FP4 by FP4."""
+WEIGHT_ONLY = (
+    "WeightOnlyNvFp4LinearKernel",
+    "MarlinNvFp4LinearKernel",
+    "HummingNvFp4LinearKernel",
+    "B12xNvFp4W4A16LinearKernel",
+    "FlashInferCuteDslNvFp4W4A16LinearKernel",
+)
+"""Kernels that leave the input in 16 bits."""
+EMULATED = ("FakeQuantizedNvFp4LinearKernel", "EmulationNvFp4LinearKernel")
+_KERNELS = dict.fromkeys(NATIVE, "native") | dict.fromkeys(WEIGHT_ONLY, "w4a16") | dict.fromkeys(EMULATED, "w4a4_emulation")
+
+
+class Server:
+    """What the harness may ask for."""
+
+    def probe(self) -> dict[str, Any]:
+        """What vLLM's own kernel table offers on this machine: by choice of `engine.kernels`, a kernel class or None."""
+        from vllm.model_executor.kernels import linear
+        from vllm.platforms import current_platform
+
+        table = [k for k in linear._POSSIBLE_NVFP4_KERNELS.get(current_platform._enum, []) if k.is_supported()[0]]
+        found: dict[str, str | None] = dict.fromkeys(("native", "w4a4_emulation", "w4a16"))
+        for kernel in reversed(table):
+            choice = _KERNELS.get(kernel.__name__)
+            if choice is not None:
+                found[choice] = kernel.__name__
+        if current_platform.is_cpu() or current_platform.is_cuda():
+            found["w4a4_emulation"] = "FakeQuantizedNvFp4LinearKernel"
+        if current_platform.is_cpu():
+            found["w4a16"] = "WeightOnlyNvFp4LinearKernel"
+        return {"platform": current_platform.device_type, "kernels": found}
+
+    def load(self, folder: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Load the checkpoint; what computes its modules, by class."""
+        from qad.vllm_plugin import register
+
+        register()  # vLLM calls it again through the entry point, where the package is installed
+        import vllm
+
+        self.llm = vllm.LLM(
+            model=folder,
+            tokenizer=folder,
+            dtype="bfloat16",
+            generation_config="vllm",
+            enable_prefix_caching=False,
+            # a seed on a CPU fails for partly prefilled requests: every prompt is prefilled whole
+            enable_chunked_prefill=False,
+            disable_log_stats=True,
+            **options,
+        )
+        found = self.llm.apply_model(read_kernels)
+        if any(other != found[0] for other in found):
+            raise RuntimeError(f"the workers of one model compute with different kernels: {found}")
+        return {"kernels": found[0], "vllm": vllm.__version__}
+
+    def generate(self, requests: list[dict[str, Any]], eos_ids: list[int]) -> dict[str, Any]:
+        """Token ids of the response to each request."""
+        from vllm import SamplingParams
+
+        settings = [
+            SamplingParams(
+                max_tokens=r["max_tokens"],
+                temperature=r["temperature"],
+                top_p=r["top_p"],
+                top_k=r["top_k"],
+                seed=r["seed"],
+                min_tokens=r.get("min_tokens", 0),
+                stop=r["until"],
+                stop_token_ids=eos_ids,
+            )
+            for r in requests
+        ]
+        outputs = self._run([r["token_ids"] for r in requests], settings)
+        return {"token_ids": [list(output.outputs[0].token_ids) for output in outputs]}
+
+    def likelihood(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+        """Summed log probability of each continuation, and whether each of its tokens is the most likely one."""
+        from vllm import SamplingParams
+
+        prompts = [r["token_ids"] + r["continuation"] for r in requests]
+        outputs = self._run(prompts, SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False))
+        found = []
+        for request, output in zip(requests, outputs, strict=True):
+            start = len(request["token_ids"])
+            chosen = [output.prompt_logprobs[start + i][token] for i, token in enumerate(request["continuation"])]
+            total = math.fsum(token.logprob for token in chosen)
+            found.append([total if math.isfinite(total) else None, all(token.rank == 1 for token in chosen)])
+        return {"likelihoods": found}
+
+    def modules(self) -> dict[str, Any]:
+        """The quantized linear modules: kernel class, and the tensor scales in use."""
+        return {"modules": self.llm.apply_model(describe_modules)[0]}
+
+    def caches(self) -> dict[str, Any]:
+        """The scales of keys and values in use, by attention layer."""
+        return {"caches": self.llm.apply_model(describe_caches)[0]}
+
+    def module_outputs(self, inputs: str, outputs: str) -> dict[str, Any]:
+        """Feed each named module its (tokens, width) input from a safetensors file; write the outputs to another."""
+        from safetensors.torch import load_file, save_file
+
+        model = self.llm.apply_model(lambda model: model)[0]
+        found = {}
+        for name, x in load_file(inputs).items():
+            module = model.get_submodule(name)
+            x = x.to(module_device(module))
+            found[name] = module.quant_method.apply(module, x, module.bias).cpu().contiguous()
+        save_file(found, outputs)
+        return {}
+
+    def hidden(self, sequences: list[list[int]], path: str) -> dict[str, Any]:
+        """Final hidden states (tokens, width) of each sequence, one at a time, into a safetensors file under "0", "1", ..."""
+        from safetensors.torch import save_file
+        from vllm import SamplingParams
+
+        model = self.llm.apply_model(lambda model: model)[0]
+        seen: list[Any] = []
+        handle = model.register_forward_hook(lambda module, arguments, output: seen.append(output.detach()))
+        found = {}
+        try:
+            for index, token_ids in enumerate(sequences):
+                seen.clear()
+                self._run([token_ids], SamplingParams(max_tokens=1, temperature=0, detokenize=False))
+                found[str(index)] = seen[0][: len(token_ids)].cpu().clone()
+        finally:
+            handle.remove()
+        save_file(found, path)
+        return {}
+
+    def _run(self, prompts: list[list[int]], settings: Any) -> Any:
+        return self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings, use_tqdm=False)
+
+
+def kernel_of(module: Any) -> Any:
+    """The kernel object of a linear module of vLLM: both layouts keep it in another place; None if it is not quantized."""
+    method = getattr(module, "quant_method", None)
+    scheme = getattr(module, "scheme", None)
+    return getattr(method, "kernel", None) or getattr(scheme, "kernel", None) or getattr(scheme, "fp8_linear", None)
+
+
+def read_kernels(model: Any) -> dict[str, str]:
+    """What computes each class of module of a loaded vLLM model.
+
+    linear: of the NVFP4 layers, or "bf16" where there is none; several are joined by "+"; a class that is not known keeps its
+    own name. linear_fp8: of FP8 layers, where there are any. kv_cache: "bf16" or "fp8".
+    """
+    linear: set[str] = set()
+    fp8: set[str] = set()
+    caches: set[str] = set()
+    for module in model.modules():
+        kernel = kernel_of(module)
+        if kernel is not None:
+            name = type(kernel).__name__
+            (fp8 if "NvFp4" not in name else linear).add(_KERNELS.get(name, name))
+        cache = getattr(module, "kv_cache_dtype", None)
+        if isinstance(cache, str):
+            caches.add("fp8" if cache.startswith("fp8") else "bf16")
+    found = {"linear": "+".join(sorted(linear)) or "bf16", "kv_cache": "+".join(sorted(caches)) or "bf16"}
+    return found | ({"linear_fp8": "+".join(sorted(fp8))} if fp8 else {})
+
+
+def describe_modules(model: Any) -> dict[str, dict[str, Any]]:
+    """By name of each NVFP4 linear module: its kernel class and the tensor scales in use."""
+    found = {}
+    for name, module in model.named_modules():
+        kernel = kernel_of(module)
+        if kernel is not None and "NvFp4" in type(kernel).__name__:
+            scales = {
+                key: float(getattr(module, key))
+                for key in ("weight_global_scale", "input_global_scale")
+                if hasattr(module, key)
+            }
+            found[name] = {"kernel": type(kernel).__name__, **scales}
+    return found
+
+
+def describe_caches(model: Any) -> dict[str, list[float]]:
+    """k_scale and v_scale by attention layer of a loaded vLLM model."""
+    return {
+        name.removesuffix(".attn"): [float(module._k_scale_float), float(module._v_scale_float)]
+        for name, module in model.named_modules()
+        if hasattr(module, "_k_scale_float")
+    }
+
+
+def module_device(module: Any) -> Any:
+    """Where a module of vLLM computes."""
+    return next((parameter.device for parameter in module.parameters()), "cpu")
+
+
+if __name__ == "__main__":
+    from harness.engines.worker import serve
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    serve(Server())
+    os._exit(0)  # vLLM's own end takes seconds and frees nothing that the kernel does not

@@ -1,0 +1,338 @@
+"""`harness parity`: does vLLM compute a quantized checkpoint as we do?
+
+Two W4A4 engines never agree token by token: rounding flips amplify noise. So each quantized module is compared on equal
+inputs, and the engines by their mean KL to the BF16 model on the same text, paired over sequences. The KL between the engines
+is printed beside a floor: that of our own model against itself with another order of accumulation.
+
+A module holds if every output lies within BF16 accumulation error of the float64 product of the same decoded operands,
+
+    |y - y64| <= ulp(y64)/2 + 2 K 2^-24 S,    S = sum_k |x_k w_k| + |bias|,
+
+which any order of FP32 accumulation, rounded to BF16 once, satisfies (K 2^-24 S is the classical bound; the factor 2 covers
+kernels that scale partial sums), and if its root mean square error is at most twice ours. Where scales are not powers of two, a
+native kernel multiplies what we round to BF16 first: 2^-8 S is allowed on top, and the second condition dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from harness import data, loading
+from harness.data import Sequence
+from harness.engines.vllm import KERNELS, VllmEngine, available_kernels
+from harness.errors import EngineError, ModelError
+from harness.models import folder_fingerprint
+from harness.progress import Reporter
+from harness.provenance import provenance
+from harness.records import open_results
+from harness.store import Store, cache_folder, disk_errors, make_folder, write_json
+from qad import divergence
+from qad.clustered import ratio_with_stderr
+from qad.distill import Batch
+from qad.kernels import fake_quantize
+from qad.modules import Fp8Linear, QuantizedLinear, quantized_linears
+from qad.recipe import Format, groups_of
+
+SCHEMA = 1
+MODULE_TOKENS = 128
+"""Tokens of real text whose inputs are recorded for the comparison of modules."""
+MIN_RESPONSE_TOKENS = 2000
+FIRST_SEQUENCES = 32
+MAX_ERRORS = 3.0
+"""The difference in mean KL may be this many of its standard errors."""
+NARROW = 0.05
+"""Its 95 % interval must be narrower than plus or minus this share of the KL; text is added until it is."""
+_Z95 = 1.96
+
+
+def run_parity(
+    checkpoint: Path, model: Path, *, kernels: str | None, results: Path, seq_len: int, max_sequences: int, reporter: Reporter
+) -> tuple[dict[str, Any], Path]:
+    """Compare the engines on one checkpoint; returns the record and the file that it is stored in.
+
+    Args:
+        checkpoint: a quantized folder.  model: the BF16 folder that it was made from.
+        kernels: what vLLM shall compute with; None takes native FP4 where vLLM's table offers it, else the emulation.
+        max_sequences: where to stop adding text; the verdict is INCONCLUSIVE if the interval is still too wide there.
+    Raises:
+        EngineError: vLLM cannot serve the checkpoint so.  ModelError: it is not quantized, or not of this model.
+    """
+    loading.quiet_libraries()
+    results = open_results(results)
+    ours, teacher = (loading.load_model(folder, trust_remote_code=False) for folder in (checkpoint, model))
+    if set(teacher.kernels.values()) != {"bf16"}:
+        raise ModelError(
+            f"{model}: is quantized ({teacher.kernels['linear']}); --model is the BF16 folder that {checkpoint} was made from"
+        )
+    shapes = [{name: tuple(p.shape) for name, p in loaded.model.named_parameters()} for loaded in (ours, teacher)]
+    if shapes[0] != shapes[1]:
+        raise ModelError(
+            f"{checkpoint} and {model} have weights of different names or shapes; give the BF16 model that it was made from"
+        )
+    asked = choose_kernels(ours.kernels["linear"], kernels, checkpoint)
+    tokenizer = loading.load_tokenizer(checkpoint)
+    if tokenizer.get_vocab() != loading.load_tokenizer(model).get_vocab():
+        raise ModelError(f"{checkpoint} and {model} have different vocabularies; give the BF16 model that it was made from")
+    eos_ids = loading.eos_ids(checkpoint, tokenizer)
+    text = data.builtin_sequences(tokenizer, seq_len=seq_len, seed=0, eos_ids=eos_ids)["diagnostics"][:max_sequences]
+    with reporter.track("vLLM: load the checkpoint (about half a minute)"):
+        engine = VllmEngine(checkpoint, tokenizer, eos_ids=eos_ids, kernels=asked, args={"max_num_seqs": 8})
+    try:
+        with reporter.track("modules on equal inputs"):
+            modules = compare_modules(ours.model, engine, text, is_native=asked == "native")
+        agreement = compare_divergence(ours.model, teacher.model, engine, text, reporter)
+    finally:
+        engine.close()
+    record = {
+        "schema": SCHEMA,
+        "checkpoint": checkpoint.name,
+        "fingerprint": folder_fingerprint(checkpoint, Store(cache_folder())),
+        "kernels": {"vllm": engine.kernels, "ours": ours.kernels},
+        "vllm": engine.protocol["vllm"],
+        "native_fp4": "measured" if asked == "native" else "not measured",
+        "modules": modules,
+        "kl": agreement,
+        "verdict": verdict(modules, agreement),
+        "provenance": provenance(),
+    }
+    path = results / "parity" / f"{record['fingerprint'][:16]}-{asked}.json"
+    with disk_errors(f"the record {path}"):
+        make_folder(path.parent, "the parity records")
+        write_json(path, record)
+    return record, path
+
+
+def choose_kernels(ours: str, asked: str | None, checkpoint: Path) -> str:
+    """The kernels to hold ours against; an arithmetic other than the checkpoint's own cannot agree and is refused."""
+    if ours not in ("w4a4_emulation", "w4a16"):
+        raise ModelError(f"{checkpoint}: its linear layers are {ours}; parity compares NVFP4 checkpoints")
+    allowed = ("native", "w4a4_emulation") if ours == "w4a4_emulation" else ("w4a16",)
+    if asked is None:
+        offered = available_kernels()["kernels"]
+        asked = next((name for name in KERNELS if name in allowed and offered[name]), allowed[-1])
+    if asked not in allowed:
+        raise EngineError(f"--kernels {asked}: {checkpoint} is {ours}, which only {', '.join(allowed)} can agree with")
+    return asked
+
+
+def verdict(modules: dict[str, dict[str, Any]], agreement: dict[str, Any]) -> str:
+    """FAIL if a module or the mean KL disagrees; INCONCLUSIVE if the interval is too wide to tell; else PASS."""
+    if not all(module["holds"] for module in modules.values()) or not agreement["is_within"]:
+        return "FAIL"
+    return "PASS" if agreement["is_narrow"] and agreement["n_tokens"] >= MIN_RESPONSE_TOKENS else "INCONCLUSIVE"
+
+
+@torch.no_grad()
+def compare_modules(model: Any, engine: Any, text: list[Sequence], *, is_native: bool) -> dict[str, dict[str, Any]]:
+    """Each fused group of `model` on inputs recorded from real text: vLLM's module and ours against the float64 product."""
+    groups = fused_groups(model)
+    served = engine.worker.ask({"do": "modules"})["modules"]
+    if set(served) != set(groups):
+        raise EngineError(
+            f"vLLM quantizes other modules than we do; vLLM alone: {sorted(set(served) - set(groups))[:3]}, ours alone: "
+            f"{sorted(set(groups) - set(served))[:3]}"
+        )
+    inputs = record_inputs(model, groups, text)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: str(Path(folder) / f"{name}.safetensors") for name in ("inputs", "outputs")}
+        save_file(inputs, paths["inputs"])
+        engine.worker.ask({"do": "module_outputs", **paths})
+        outputs = load_file(paths["outputs"])
+    return {
+        name: compare_module(members, inputs[name], outputs[name], is_native=is_native) | {"kernel": served[name]["kernel"]}
+        for name, members in groups.items()
+    }
+
+
+@torch.no_grad()
+def compare_module(members: list[QuantizedLinear], x: Tensor, served: Tensor, *, is_native: bool) -> dict[str, Any]:
+    """Errors of a fused group's served and own output against the float64 product of the decoded operands.
+
+    Args:
+        x: (tokens, K) bfloat16, the group's input before quantization.  served: (tokens, N) bfloat16, members side by side.
+    Raises:
+        EngineError: an output of vLLM is NaN or infinite.
+    """
+    if not bool(torch.isfinite(served).all()):
+        bad = int((~torch.isfinite(served)).sum())
+        raise EngineError(
+            f"vLLM's output of the layer that holds {members[0].input_quantizer.group.name if members[0].input_quantizer else 'these weights'}: "
+            f"{bad} of {served.numel()} values are NaN or infinite on finite inputs"
+        )
+    ours = torch.cat([member(x) for member in members], dim=-1)
+    quantizer = members[0].input_quantizer
+    operand = (x if quantizer is None else fake_quantize(x, quantizer.tensor_scale)).double()
+    weight = torch.cat([member.weight for member in members]).double()
+    bias = torch.cat([torch.zeros(m.out_features) if m.bias is None else m.bias for m in members]).double()
+    exact = operand @ weight.T + bias
+    accumulated = operand.abs() @ weight.abs().T + bias.abs()
+    scales = [float(member.tensor_scale) for member in members]
+    scales += [] if quantizer is None else [float(quantizer.tensor_scale)]
+    is_exact = not is_native or all(math.frexp(scale)[0] == 0.5 for scale in scales)
+    slack = 2 * x.shape[-1] * 2.0**-24 + (0.0 if is_exact else 2.0**-8)
+    allowed = ulp(exact.abs() + slack * accumulated) / 2 + slack * accumulated
+    errors = {"vllm": served.double() - exact, "ours": ours.double() - exact}
+    rms = {name: float(error.square().mean().sqrt()) for name, error in errors.items()}
+    worst = {name: float((error.abs() / allowed).max()) for name, error in errors.items()}
+    holds = worst["vllm"] <= 1 and (not is_exact or rms["vllm"] <= 2 * rms["ours"])
+    return {
+        "holds": holds,
+        "worst_of_allowed": worst,
+        "rms_error": rms,
+        "rms_output": float(exact.square().mean().sqrt()),
+        "share_equal": float((served == ours).double().mean()),
+    }
+
+
+def compare_divergence(model: Any, teacher: Any, engine: Any, text: list[Sequence], reporter: Reporter) -> dict[str, Any]:
+    """Mean KL to `teacher` under both engines over the same response tokens; text is added until the interval is narrow."""
+    heads = {"ours": model.get_output_embeddings().weight, "teacher": teacher.get_output_embeddings().weight}
+    rows: dict[str, list[divergence.SequenceDivergence]] = {name: [] for name in ("ours", "vllm", "between", "floor")}
+    done = 0
+    while True:
+        upto = min(len(text), max(FIRST_SEQUENCES, 2 * done))
+        with reporter.track(f"KL to BF16 under both engines, sequences {done + 1} to {upto}"):
+            batches = [_batch(sequence) for sequence in text[done:upto]]
+            states = {
+                "teacher": list(divergence.final_hidden(teacher, batches)),
+                "ours": list(divergence.final_hidden(model, batches)),
+                "vllm": served_hidden(engine, text[done:upto]),
+            }
+            with reordered(model):
+                states["floor"] = list(divergence.final_hidden(model, batches))
+            for name, against in (("ours", "teacher"), ("vllm", "teacher"), ("between", "ours"), ("floor", "ours")):
+                candidate = states["vllm" if name == "between" else name]
+                response, _ = divergence.measure(candidate, heads["ours"], states[against], heads[against], batches)
+                rows[name] += response
+        done = upto
+        found = summarize(rows)
+        if done == len(text) or (found["is_narrow"] and found["n_tokens"] >= MIN_RESPONSE_TOKENS):
+            return found
+
+
+def summarize(rows: dict[str, list[divergence.SequenceDivergence]]) -> dict[str, Any]:
+    """Means over response tokens, and the paired difference over sequences with its standard error."""
+    counts = [row.n_tokens for row in rows["ours"]]
+    differences = [math.fsum(v.kl) - math.fsum(o.kl) for v, o in zip(rows["vllm"], rows["ours"], strict=True)]
+    difference, stderr = ratio_with_stderr(differences, counts)
+    means = {name: dataclasses.asdict(divergence.summarize(found)) for name, found in rows.items()}
+    width = None if stderr is None else _Z95 * stderr
+    return {
+        "kl": {name: {key: mean[key] for key in ("kl", "kl_stderr", "top1")} for name, mean in means.items()},
+        "difference": difference,
+        "stderr": stderr,
+        "is_within": stderr is not None and abs(difference) <= MAX_ERRORS * stderr,
+        "is_narrow": width is not None and width <= NARROW * means["ours"]["kl"],
+        "n_tokens": sum(counts),
+        "n_sequences": len(counts),
+    }
+
+
+def fused_groups(model: Any) -> dict[str, list[QuantizedLinear]]:
+    """The NVFP4 linear layers by the name of the layer that serving engines fuse them into, in its order."""
+    quantized = quantized_linears(model)
+    linears = tuple(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    formats: dict[str, Format] = {name: "fp8" if isinstance(m, Fp8Linear) else "nvfp4" for name, m in quantized.items()}
+    groups = (group for group in groups_of(formats, linears) if group.format == "nvfp4")
+    return {group.name: [quantized[name] for name in group.members] for group in groups}
+
+
+def record_inputs(model: Any, groups: dict[str, list[QuantizedLinear]], text: list[Sequence]) -> dict[str, Tensor]:
+    """The input (tokens, K) of each group before quantization, in a forward pass over the first tokens of `text`."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in groups}
+    handles = [
+        members[0].register_forward_pre_hook(lambda module, args, name=name: seen[name].append(args[0].detach()))
+        for name, members in groups.items()
+    ]
+    try:
+        for sequence in text:
+            for _ in divergence.final_hidden(model, [_batch(sequence)]):
+                pass
+            if sum(len(x[0]) for x in next(iter(seen.values()))) >= MODULE_TOKENS:
+                break
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat([x[0] for x in found])[:MODULE_TOKENS].contiguous() for name, found in seen.items()}
+
+
+def served_hidden(engine: Any, sequences: list[Sequence]) -> list[Tensor]:
+    """Final hidden states (1, tokens, width) of each sequence, taken inside vLLM's process."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "hidden.safetensors"
+        engine.worker.ask({"do": "hidden", "sequences": [list(s.token_ids) for s in sequences], "path": str(path)})
+        found = load_file(path)
+    return [found[str(index)][None] for index in range(len(sequences))]
+
+
+@contextmanager
+def reordered(model: Any) -> Iterator[None]:
+    """The same arithmetic in another order: `model` computes attention with transformers' other implementation, and its
+    quantized layers add up the two halves of K in FP32.
+
+    With power-of-two scales the products of NVFP4 operands have so few bits that FP32 sums of them are exact in any order, so
+    that attention is what differs.
+    """
+    changed = quantized_linears(model).values()
+    attention = model.config._attn_implementation
+
+    def forward(module: QuantizedLinear, x: Tensor) -> Tensor:
+        x = x if module.input_quantizer is None else module.input_quantizer(x)
+        half = x.shape[-1] // 2
+        parts = [functional.linear(x[..., k].float(), module.weight[:, k].float()) for k in (slice(half), slice(half, None))]
+        total = parts[0] + parts[1]
+        return (total if module.bias is None else total + module.bias.float()).to(x.dtype)
+
+    other = {"sdpa": "eager", "eager": "sdpa"}.get(attention, attention)  # ours, which rounds the KV cache, stays
+    try:
+        model.set_attn_implementation(other)
+        for module in changed:
+            module.forward = forward.__get__(module)  # type: ignore[method-assign]
+        yield
+    finally:
+        model.set_attn_implementation(attention)
+        for module in changed:
+            del module.forward
+
+
+def ulp(x: Tensor) -> Tensor:
+    """The distance of neighbouring BF16 numbers at |x|, float64; that of the smallest normal number below it."""
+    exponent = torch.frexp(x.abs().clamp(min=2.0**-126)).exponent
+    return torch.ldexp(torch.ones_like(x), exponent - 8)
+
+
+def report(record: dict[str, Any], path: Path) -> list[str]:
+    """The lines of the command's table."""
+    kl, modules = record["kl"], record["modules"]
+    n_held = sum(module["holds"] for module in modules.values())
+    worst = max(modules, key=lambda name: modules[name]["worst_of_allowed"]["vllm"])
+    figures = kl["kl"]
+    stderr = "–" if kl["stderr"] is None else f"{kl['stderr']:.5f}"
+    return [
+        f"checkpoint            {record['checkpoint']} ({record['fingerprint'][:16]})",
+        f"kernels               vLLM {record['vllm']}: {record['kernels']['vllm']['linear']}; native FP4: {record['native_fp4']}",
+        f"modules that hold     {n_held} of {len(modules)}; the nearest to its limit: {worst}, "
+        f"{100 * modules[worst]['worst_of_allowed']['vllm']:.0f} % of it",
+        f"KL to BF16, ours      {figures['ours']['kl']:.4f}  (±{figures['ours']['kl_stderr'] or 0:.4f} over sequences)",
+        f"KL to BF16, vLLM      {figures['vllm']['kl']:.4f}",
+        f"difference, paired    {kl['difference']:+.5f} ± {stderr} over {kl['n_sequences']} sequences, {kl['n_tokens']:,} tokens",
+        f"KL between engines    {figures['between']['kl']:.4f}  (self-noise floor: {figures['floor']['kl']:.4f})",
+        f"verdict               {record['verdict']}",
+        f"stored in             {path}",
+    ]
+
+
+def _batch(sequence: Sequence) -> Batch:
+    ids = torch.tensor([sequence.token_ids])
+    return Batch(ids, torch.ones_like(ids), torch.tensor([sequence.is_response]))

@@ -1,0 +1,29 @@
+"""The entry point of vLLM's plug-ins (group `vllm.general_plugins`), called in every vLLM process of an environment.
+
+It does nothing, and imports nothing, unless the variable QAD_VLLM_KERNELS asks for kernels of ours: an installed plug-in must
+not change what other vLLM processes compute. The kernels themselves are in `qad._vllm`. vLLM logs and skips a plug-in that
+raises; whoever needs the kernels reads them from the loaded model.
+"""
+
+from __future__ import annotations
+
+import os
+
+VARIABLE = "QAD_VLLM_KERNELS"
+CHOICES = ("w4a4_emulation", "w4a16")
+
+
+def register() -> None:
+    """Make vLLM compute NVFP4 linear layers with the kernels that QAD_VLLM_KERNELS asks for. Calling it again changes nothing.
+
+    Raises:
+        ValueError: the variable is set to something else than one of CHOICES.
+    """
+    asked = os.environ.get(VARIABLE, "")
+    if not asked:
+        return
+    if asked not in CHOICES:
+        raise ValueError(f"{VARIABLE}={asked}: unknown kernels. Known: {', '.join(CHOICES)}; unset it for vLLM's own choice")
+    from qad._vllm import install
+
+    install(asked)

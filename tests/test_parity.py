@@ -1,0 +1,206 @@
+"""Parity without vLLM: the criteria, the verdicts, the record; an engine of ours stands in for vLLM's."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import build_tiny_model
+from safetensors.torch import load_file, save_file
+
+from harness import cli, parity
+from harness.errors import EngineError, ModelError
+from harness.parity import choose_kernels, summarize, ulp, verdict
+from qad import divergence
+from qad.checkpoint import load_checkpoint, write_checkpoint
+from qad.divergence import SequenceDivergence
+from qad.quantize import quantize_model
+from qad.recipe import Recipe, match
+
+
+class StandIn:
+    """Answers as vLLM's process does, with a model of ours; `distort` changes what its modules and forwards give."""
+
+    def __init__(self, folder, tokenizer, *, distort=lambda x: x, **ignored):
+        self.model, self.distort, self.worker = load_checkpoint(folder).model, distort, self
+        self.kernels, self.protocol = {"linear": "w4a4_emulation", "kv_cache": "bf16"}, {"vllm": "stand-in"}
+
+    @torch.no_grad()
+    def ask(self, message):
+        groups = parity.fused_groups(self.model)
+        if message["do"] == "modules":
+            return {"modules": {name: {"kernel": "OurKernel"} for name in groups}}
+        if message["do"] == "module_outputs":
+            inputs = load_file(message["inputs"])
+            outputs = {n: torch.cat([m(inputs[n]) for m in members], dim=-1) for n, members in groups.items()}
+            save_file({name: self.distort(y).contiguous() for name, y in outputs.items()}, message["outputs"])
+            return {}
+        found = {}
+        for index, ids in enumerate(message["sequences"]):
+            hidden = self.model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+            found[str(index)] = self.distort(hidden).contiguous()
+        save_file(found, message["path"])
+        return {}
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    model = load_checkpoint(tiny_model).model
+    targets = match(model, Recipe())
+    quantize_model(model, Recipe(), {group.name: 8.0 for group in targets.groups})
+    write_checkpoint(folder, model, targets=targets, companions=tiny_model, record={})
+    return folder
+
+
+def run(monkeypatch, packed, model, results, *options, distort=lambda x: x) -> int:
+    def engine(folder, tokenizer, **options):
+        return StandIn(folder, tokenizer, distort=distort)
+
+    monkeypatch.setattr(parity, "VllmEngine", engine)
+    arguments = ["parity", packed, "--model", model, "--results", results, "--kernels", "w4a4_emulation", *options]
+    monkeypatch.setattr(sys, "argv", ["harness", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_an_engine_with_our_numbers_passes_and_its_record_is_stored(monkeypatch, packed, tiny_model, tmp_path, capsys):
+    assert run(monkeypatch, packed, tiny_model, tmp_path / "results") == 0
+    (path,) = (tmp_path / "results" / "parity").iterdir()
+    record = json.loads(path.read_text())
+    assert (record["schema"], record["verdict"], record["native_fp4"]) == (1, "PASS", "not measured")
+    assert record["kl"]["difference"] == 0 == record["kl"]["kl"]["between"]["kl"]
+    assert record["kl"]["n_tokens"] >= 2000
+    assert record["kl"]["kl"]["floor"]["kl"] > 0
+    assert all(module["holds"] and module["share_equal"] == 1 for module in record["modules"].values())
+    printed = capsys.readouterr().out
+    assert "native FP4: not measured" in printed
+    assert "verdict               PASS" in printed
+    assert path.name.endswith("-w4a4_emulation.json")
+
+
+def test_too_little_text_is_inconclusive(monkeypatch, packed, tiny_model, tmp_path):
+    assert run(monkeypatch, packed, tiny_model, tmp_path / "results", "--max-sequences", 3) == 3
+
+
+def test_an_engine_with_other_numbers_fails(monkeypatch, packed, tiny_model, tmp_path, capsys):
+    assert run(monkeypatch, packed, tiny_model, tmp_path / "results", distort=lambda x: x * 1.02) == 1
+    assert "verdict               FAIL" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_is_not_quantized_is_an_error(monkeypatch, packed, tiny_model, tmp_path, capsys):
+    assert run(monkeypatch, tiny_model, tiny_model, tmp_path / "results") == 2
+    assert "its linear layers are bf16; parity compares NVFP4 checkpoints" in capsys.readouterr().err
+
+
+def test_a_model_that_is_quantized_itself_or_of_another_shape_is_no_teacher(
+    monkeypatch, packed, tmp_path, tmp_path_factory, capsys
+):
+    assert run(monkeypatch, packed, packed, tmp_path / "results") == 2
+    assert "--model is the BF16 folder that" in capsys.readouterr().err
+    wider = build_tiny_model(tmp_path_factory.mktemp("wider"), hidden=96)
+    assert run(monkeypatch, packed, wider, tmp_path / "results") == 2
+    assert "have weights of different names or shapes" in capsys.readouterr().err
+
+
+def test_outputs_that_are_no_numbers_are_an_error_that_names_the_layer(monkeypatch, packed, tiny_model, tmp_path, capsys):
+    assert run(monkeypatch, packed, tiny_model, tmp_path / "results", distort=lambda x: x * float("nan")) == 2
+    assert "vLLM's output of the layer that holds model.layers.0.self_attn.qkv_proj: " in capsys.readouterr().err
+    assert not list((tmp_path / "results").glob("parity/*"))
+
+
+def test_modules_that_vllm_does_not_quantize_are_named(monkeypatch, packed, tiny_model):
+    model = load_checkpoint(packed).model
+    engine = StandIn(packed, None)
+    real = engine.ask
+    lacking = {"model.layers.0.mlp.down_proj"}
+    monkeypatch.setattr(
+        engine,
+        "ask",
+        lambda message: {"modules": {k: v for k, v in real(message)["modules"].items() if k not in lacking}},
+    )
+    with pytest.raises(EngineError, match=r"ours alone: \['model\.layers\.0\.mlp\.down_proj'\]"):
+        parity.compare_modules(model, engine, [], is_native=False)
+
+
+@pytest.mark.parametrize(
+    ("ours", "asked", "offered", "expected"),
+    [
+        ("w4a4_emulation", None, {"native": None, "w4a4_emulation": "K", "w4a16": "K"}, "w4a4_emulation"),
+        ("w4a4_emulation", None, {"native": "K", "w4a4_emulation": "K", "w4a16": "K"}, "native"),
+        ("w4a16", None, {"native": "K", "w4a4_emulation": "K", "w4a16": "K"}, "w4a16"),
+        ("w4a4_emulation", "native", {}, "native"),
+    ],
+)
+def test_native_kernels_are_held_against_ours_where_there_are_any(monkeypatch, tmp_path, ours, asked, offered, expected):
+    monkeypatch.setattr(parity, "available_kernels", lambda: {"kernels": offered})
+    assert choose_kernels(ours, asked, tmp_path) == expected
+
+
+@pytest.mark.parametrize(("ours", "asked"), [("w4a4_emulation", "w4a16"), ("w4a16", "native"), ("w4a4_emulation", "fp8")])
+def test_kernels_of_another_arithmetic_are_refused(tmp_path, ours, asked):
+    with pytest.raises(EngineError, match=f"--kernels {asked}: .* is {ours}, which only"):
+        choose_kernels(ours, asked, tmp_path)
+
+
+def test_a_bf16_checkpoint_has_nothing_to_compare(tmp_path):
+    with pytest.raises(ModelError, match="linear layers are bf16"):
+        choose_kernels("bf16", None, tmp_path)
+
+
+def agreement(**changes):
+    return {"is_within": True, "is_narrow": True, "n_tokens": 2000} | changes
+
+
+@pytest.mark.parametrize(
+    ("holds", "found", "expected"),
+    [
+        (True, agreement(), "PASS"),
+        (False, agreement(), "FAIL"),
+        (True, agreement(is_within=False), "FAIL"),
+        (True, agreement(is_narrow=False), "INCONCLUSIVE"),
+        (True, agreement(n_tokens=1999), "INCONCLUSIVE"),
+        (False, agreement(is_narrow=False), "FAIL"),
+    ],
+)
+def test_the_verdict_follows_from_modules_difference_and_width(holds, found, expected):
+    assert verdict({"a": {"holds": True}, "b": {"holds": holds}}, found) == expected
+
+
+def rows(values):
+    return [SequenceDivergence((kl,) * n, 0.0, 0.0) for kl, n in values]
+
+
+def test_the_difference_is_paired_over_sequences():
+    ours = rows([(0.5, 10), (1.5, 10), (1.0, 10), (1.0, 10)])
+    shifted = rows([(0.6, 10), (1.6, 10), (1.1, 10), (1.1, 10)])
+    found = summarize({"ours": ours, "vllm": shifted, "between": ours, "floor": ours})
+    assert found["difference"] == pytest.approx(0.1)
+    assert found["stderr"] == pytest.approx(0, abs=1e-12)  # although KL itself varies by a factor of three
+    assert not found["is_within"]
+    assert found["is_narrow"]
+    noisy = rows([(0.3, 10), (1.9, 10), (0.8, 10), (1.2, 10)])
+    found = summarize({"ours": ours, "vllm": noisy, "between": ours, "floor": ours})
+    assert found["is_within"]
+    assert not found["is_narrow"]
+
+
+def test_ulp_is_the_distance_to_the_next_bf16_number():
+    x = torch.tensor([1.0, 1.5, 1.9921875, 2.0, 3.0, 1e-3, 448.0, 2.0**-126]).bfloat16()
+    following = (x.view(torch.int16) + 1).view(torch.bfloat16)
+    assert torch.equal(ulp(x.double()), following.double() - x.double())
+
+
+def test_another_order_changes_hidden_states_and_is_undone(packed):
+    model = load_checkpoint(packed).model
+    batch = [parity._batch(parity.Sequence(tuple(range(40, 80)), (True,) * 40))]
+    (before,) = divergence.final_hidden(model, batch)
+    with parity.reordered(model):
+        (within,) = divergence.final_hidden(model, batch)
+    (after,) = divergence.final_hidden(model, batch)
+    assert not torch.equal(before, within)
+    assert torch.equal(before, after)
