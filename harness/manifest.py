@@ -65,5 +65,11 @@ def _variant_record(plan: Plan, variant: Any, done: list[tuple[Stage, StoredStag
         if checkpoint.source and done
         else None
     )
-    size = dataclasses.asdict(footprint(folder)) if folder is not None and (found or checkpoint.is_external) else {}
+    size: dict[str, Any] = (
+        dataclasses.asdict(footprint(folder)) if folder is not None and (found or checkpoint.is_external) else {}
+    )
+    if found is not None:
+        size["checkpoint"] = {"stage": checkpoint.key, "digest": found.digest}
+    elif folder is not None:
+        size["checkpoint"] = {"folder": str(folder.resolve())}
     return settings | size | (found.record["result"] if found else {})

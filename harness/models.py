@@ -17,7 +17,7 @@ from harness.errors import ModelError
 from harness.schema import Model
 from harness.store import Store
 
-_WEIGHT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".gguf")
+_WEIGHT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".gguf", ".py")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Source:
 def resolve_model(model: Model, store: Store) -> Source:
     """Find the model of a suite without reading its weights more than once; ModelError if it is nowhere."""
     if model.path.startswith("package:"):
+        if model.trust_remote_code:
+            raise ModelError(f"model.trust_remote_code: has no effect with {model.path}: a GGUF file brings no code; remove it")
         return _from_package(model.path, store)
     folder = Path(model.path).expanduser()
     if folder.is_dir():
@@ -47,6 +49,11 @@ def resolve_model(model: Model, store: Store) -> Source:
     if model.path.count("/") != 1 or model.path.startswith((".", "/", "~")):
         raise ModelError(
             f"model.path: {model.path}: no such folder; give a folder, a hub id (org/name) or package:<package>/<file>"
+        )
+    if model.trust_remote_code and model.revision is None:
+        raise ModelError(
+            f"model.revision: missing; {model.path} would run code of its own (trust_remote_code = true), so it needs the revision "
+            "(a commit, 40 hex digits)"
         )
     mirror = mirror_folder(model.path)
     if mirror is not None:
@@ -64,7 +71,8 @@ def download(model: Model) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        patterns = [f"*{suffix}" for suffix in _WEIGHT_SUFFIXES if suffix != ".gguf"]
+        left_out = {".gguf"} if model.trust_remote_code else {".gguf", ".py"}
+        patterns = [f"*{suffix}" for suffix in _WEIGHT_SUFFIXES if suffix not in left_out]
         return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]

@@ -14,14 +14,34 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 REGISTER = Path(__file__).with_suffix(".json")
 
-_FORMAT = ("qad/nvfp4.py", "qad/scales.py", "qad/kernels.py", "qad/_numba.py", "qad/modules.py", "qad/recipe.py")
-_LOADING = ("qad/checkpoint.py", "harness/loading.py", "harness/stages.py")
+_CHOICE = ("qad/_numba_scales.py", "qad/gptq.py", "qad/observe.py")
+_FORMAT = (
+    "qad/nvfp4.py",
+    "qad/fp8.py",
+    "qad/scales.py",
+    "qad/kernels.py",
+    "qad/_numba.py",
+    "qad/_triton.py",
+    "qad/modules.py",
+    "qad/quantize.py",
+    "qad/recipe.py",
+    "qad/kv_cache.py",
+)
+_LOADING = (
+    "qad/checkpoint.py",
+    "qad/layouts.py",
+    "qad/packed.py",
+    "qad/tensor_files.py",
+    "harness/loading.py",
+    "harness/batches.py",
+    "harness/stages.py",
+)
 SOURCES = {
     "model": _LOADING,
     "data": ("harness/stages.py", "harness/loading.py", "harness/data.py", "harness/tasks/world.py", "harness/tasks/mini.py"),
-    "calibrate": ("qad/calibrate.py", "qad/recipe.py", *_LOADING),
-    "quantize": (*_FORMAT, *_LOADING),
-    "train": (*_FORMAT, *_LOADING, "qad/distill.py", "qad/losses.py", "harness/data.py"),
+    "calibrate": ("qad/calibrate.py", "qad/observe.py", "qad/recipe.py", "qad/kv_cache.py", *_LOADING),
+    "quantize": (*_FORMAT, *_CHOICE, *_LOADING),
+    "train": (*_FORMAT, *_LOADING, "qad/cells.py", "qad/distill.py", "qad/losses.py", "harness/data.py"),
     "evaluate": (
         *_FORMAT,
         *_LOADING,
@@ -30,9 +50,10 @@ SOURCES = {
         "harness/engines/hf.py",
         "harness/stats.py",
     ),
+    "vllm": ("qad/_vllm.py", "qad/vllm_plugin.py", "harness/engines/vllm.py", "harness/engines/vllm_worker.py"),
     "diagnostics": (*_FORMAT, *_LOADING, "qad/divergence.py", "qad/losses.py", "qad/clustered.py", "qad/calibrate.py"),
 }
-"""The files whose code decides the numbers of a stage, by its kind."""
+"""The files whose code decides the numbers of a stage, by its kind; "vllm": of what an "evaluate" stage adds with that engine."""
 
 
 def versions() -> dict[str, int]:

@@ -15,12 +15,12 @@ from harness import data
 from harness.errors import SuiteError
 from harness.models import Source, checkpoint_source, resolve_model
 from harness.numerics import versions
-from harness.provenance import PACKAGES, device_kind, package_versions
+from harness.provenance import PACKAGES, VLLM_PACKAGES, device_kind, package_versions, vllm_device_kind
 from harness.schema import Quantization, Task
 from harness.store import Store
 from harness.suite import TASKS_FOLDER, ResolvedVariant, Suite
 
-_ABOUT_RECIPE = ("activations", "exclude")
+_ABOUT_RECIPE = ("activations", "exclude", "fp8", "kv_cache")
 """Keys of [quantization] that calibration depends on; the rest acts later."""
 
 
@@ -48,7 +48,7 @@ class Stage:
     @cached_property
     def key(self) -> str:
         """sha256 of kind, numerics version, packages, device kind, sections and the keys of the inputs."""
-        parts = {
+        parts: dict[str, Any] = {
             "kind": self.kind,
             "numerics": versions()[self.kind],
             "packages": package_versions(PACKAGES[self.kind]),
@@ -56,6 +56,9 @@ class Stage:
             "sections": self.sections,
             "inputs": {role: stage.key for role, stage in self.inputs.items()},
         }
+        if self.sections.get("engine", {}).get("kind") == "vllm":
+            parts["device"] = vllm_device_kind()
+            parts["vllm"] = {"numerics": versions()["vllm"], "packages": package_versions(VLLM_PACKAGES)}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -145,12 +148,20 @@ class _Builder:
             Stage(
                 "calibrate",
                 "calibrate",
-                {"recipe": recipe, "samples": calibration.samples},
+                {
+                    "recipe": recipe,
+                    "samples": calibration.samples,
+                    "skip_first_token": calibration.skip_first_token,
+                    "second_moments": quantization.scale_weighting == "second_moment",
+                },
                 {"model": self.model, "data": text},
                 variant=variant,
             )
         )
-        sections = {"quantization": _without_calibration(quantization), "max_saturated": calibration.max_saturated}
+        settings = _without_calibration(quantization)
+        del settings["block_scales"]  # about training
+        limits = calibration.model_dump(include={"max_saturated", "max_overshoot"})
+        sections = {"quantization": settings, **limits}
         inputs = {"model": self.model, "calibration": record, "data": text}
         return self._add(Stage("quantize", "quantize", sections, inputs, variant=variant))
 
@@ -164,7 +175,7 @@ class _Builder:
             sections: dict[str, Any] = {
                 "task": task.model_dump(),
                 "files": _task_fingerprint(),
-                "engine": self.suite.engine.model_dump(),
+                "engine": self.suite.engine.model_dump(exclude_none=True, exclude=_without_kernels(variant)),
             }
             inputs = {"checkpoint": checkpoint}
             self._add(Stage("evaluate", f"{variant.name}: {task.name}", sections, inputs, variant=variant, task=task))
@@ -182,6 +193,11 @@ class _Builder:
 def _without_calibration(quantization: Quantization) -> dict[str, Any]:
     """[quantization] with the one key of its calibration that acts after calibration."""
     return {**quantization.model_dump(exclude={"calibration"}), "headroom": quantization.calibration.headroom}
+
+
+def _without_kernels(variant: ResolvedVariant) -> set[str]:
+    """Keys of [engine] that do not act on a variant: a BF16 model is computed in BF16 whatever kernels are asked for."""
+    return {"kernels"} if variant.method == "bf16" else set()
 
 
 def _task_fingerprint() -> str:

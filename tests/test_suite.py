@@ -21,7 +21,7 @@ def mistakes_of(path: Path, text: str) -> list[str]:
     return [line.removeprefix(f"{path}: ") for line in lines]
 
 
-@pytest.mark.parametrize("suite", sorted(REPOSITORY.glob("suites/*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("suite", sorted(REPOSITORY.glob("suites/**/*.toml")), ids=lambda p: p.stem)
 def test_the_suites_of_the_repository_are_legal(suite):
     assert load_suite(suite).variants[0].method == "bf16"
 
@@ -42,8 +42,8 @@ def test_five_mistakes_are_five_lines_with_key_found_allowed_and_nearest(tiny_su
     lines = sorted(mistakes_of(tiny_suite, text))
     assert lines == sorted(
         [
-            "quantization.calibration.smaples: unknown key; did you mean samples? Known: data, headroom, max_saturated, samples",
-            "engine.kind: found 'hff'; did you mean hf? Allowed: hf",
+            "quantization.calibration.smaples: unknown key; did you mean samples? Known: data, headroom, max_overshoot, max_saturated, samples, skip_first_token",
+            "engine.kind: found 'hff'; did you mean hf? Allowed: hf, vllm",
             "training.tokens: found 'many'; input should be a valid integer",
             "training.loss_on: found 'assistent'; did you mean assistant? Allowed: all, assistant",
             "variant[2].method: found 'qta'; did you mean qat? Allowed: bf16, checkpoint, ptq, qad, qat",
@@ -96,6 +96,46 @@ def test_five_mistakes_are_five_lines_with_key_found_allowed_and_nearest(tiny_su
         ("lr = 1e-3", "lr = 1e-3\nseeds = [-1]", r"training\.seeds\[0\]: found -1"),
         ("samples = 8 }", "samples = 8, headroom = 1e39 }", r"quantization\.calibration\.headroom: found 1e\+39"),
         ("lr = 1e-3", "lr = nan", r"training\.lr: found nan"),
+        (
+            "[quantization]",
+            '[quantization]\nscale_rule = "msee"',
+            r"quantization\.scale_rule: found 'msee'; did you mean mse\?",
+        ),
+        (
+            "[quantization]",
+            '[quantization]\nblock_scales = "learned"',
+            r'quantization\.block_scales: "learned" \(learned block scales\): not available in this version',
+        ),
+        (
+            "[quantization]",
+            '[quantization]\nscale_rule = "gptq"\nblock_scales = "recomputed"',
+            r'variant\[1\]: quantization\.block_scales: found "recomputed" with scale_rule = "gptq".*allowed: "frozen"',
+        ),
+        (
+            'method = "qad"',
+            'method = "qad"\nquantization = { scale_rule = "four_over_six", block_scales = "recomputed" }',
+            r'variant\[3\]: quantization\.block_scales: found "recomputed" with scale_rule = "four_over_six"',
+        ),
+        (
+            'method = "ptq"',
+            'method = "ptq"\nquantization = { block_scales = "frozen" }',
+            r'variant\[1\]\.quantization\.block_scales: has no effect with method = "ptq"',
+        ),
+        (
+            "[quantization]",
+            '[quantization]\nscale_weighting = "second_moment"',
+            r'variant\[1\]: quantization\.scale_weighting: has no effect with scale_rule = "amax"',
+        ),
+        (
+            "[quantization]",
+            "[quantization]\nscale_multiplier = 0.5",
+            r"quantization\.scale_multiplier: found 0\.5; .*equal to 1",
+        ),
+        (
+            "samples = 8 }",
+            "samples = 8, skip_first_token = true }\nactivations = false",
+            r"variant\[1\]: quantization\.calibration\.skip_first_token: has no effect",
+        ),
     ],
 )
 def test_each_mistake_says_where_what_and_what_to_do(tiny_suite, old, new, message):
@@ -163,3 +203,16 @@ def test_everything_that_is_not_available_yet_is_listed_in_the_readme():
     values = [f"{key} = {value}" for key, group in NOT_AVAILABLE_VALUES.items() for value in group]
     for entry in [*NOT_AVAILABLE_KEYS, *values]:
         assert f"`{entry}`" in readme, entry
+
+
+def test_block_scales_are_frozen_by_default_with_every_rule_but_amax(tiny_suite):
+    text = tiny_suite.read_text().replace('method = "qad"', 'method = "qad"\nquantization = { scale_rule = "mse" }')
+    tiny_suite.write_text(text)
+    chosen = {v.name: v.quantization.block_scales for v in load_suite(tiny_suite).variants if v.quantization}
+    assert chosen == {"ptq": "recomputed", "qat": "recomputed", "qad": "frozen"}
+
+
+def test_block_scales_without_a_trained_variant_have_no_effect_and_are_refused(tiny_suite):
+    text = re.sub(r'\[\[variant\]\]\nname = "qa[td]"\nmethod = "qa[td]"\n', "", tiny_suite.read_text())
+    text = re.sub(r"\[training\][^\[]*", "", text).replace("[quantization]", '[quantization]\nblock_scales = "frozen"')
+    assert mistakes_of(tiny_suite, text) == ["quantization.block_scales: has no effect: no variant is trained; remove it"]

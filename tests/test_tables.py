@@ -7,7 +7,8 @@ import json
 import pytest
 
 from harness.errors import StoreError
-from harness.tables import build_grid, build_table, paired_kl, render
+from harness.pairs import paired_kl, scale_notes, scale_rules
+from harness.tables import build_grid, build_table, render
 
 VARIANTS = [{"name": "bf16", "method": "bf16"}, {"name": "ptq", "method": "ptq"}, {"name": "qad", "method": "qad"}]
 
@@ -69,3 +70,65 @@ def test_absence_is_a_dash_an_empty_cell_and_null_and_never_zero(tmp_path):
     _, first, second = csv.reader(io.StringIO(render(table, "csv")))
     assert first[2:6] == ["0.5", "", "1", "1"]
     assert set(second[2:]) == {""}
+
+
+def quantization(**settings) -> dict:
+    plain = {"scale_rule": "amax", "scale_weighting": "none", "scale_multiplier": 1.0, "tensor_scale": "power_of_two"}
+    return plain | {"block_scales": "recomputed", "activations": True} | settings
+
+
+def scale_variants(*chosen: tuple[str, str, dict]) -> tuple[list[dict], list[dict], dict[str, float]]:
+    """Variants, rows of two sequences, and mean KL: the variant at position i has KL i + 1 a token."""
+    variants = [{"name": name, "method": method, "quantization": quantization(**given)} for name, method, given in chosen]
+    rows = [sequence(v["name"], i, 10.0 * (n + 1) + i) for n, v in enumerate(variants) for i in range(2)]
+    return variants, rows, {v["name"]: n + 1.0 for n, v in enumerate(variants)}
+
+
+def test_a_comparison_of_scale_rules_stands_beside_the_spread_over_multipliers():
+    variants, rows, kl = scale_variants(
+        ("amax", "ptq", {}),
+        ("x1.1", "ptq", {"scale_multiplier": 1.1}),
+        ("x1.3", "ptq", {"scale_multiplier": 1.3}),
+        ("mse", "ptq", {"scale_rule": "mse", "block_scales": "frozen"}),
+        ("w4a16", "ptq", {"activations": False}),
+    )
+    found = scale_rules(rows, variants, kl)
+    (floor,) = found["noise_floors"]
+    assert floor == {"scale_rule": "amax", "variants": ["amax", "x1.1", "x1.3"], "min": 1.0, "max": 3.0, "stddev": 1.0, "n": 3}
+    (pair,) = found["comparisons"]
+    assert (pair["candidate"], pair["baseline"], pair["difference"]) == ("mse", "amax", 3.0)
+    notes = scale_notes(found, kl)
+    assert "KL 1.000 to 3.000, standard deviation 1.000, over n = 3 PTQ variants" in notes[0]
+    assert "KL mse − amax: +3.000 ± 0.000 (paired over 2 sequences); above the range of the noise floor" in notes[1]
+    inside = scale_notes(found, kl | {"mse": 2.0})
+    assert "inside the range of the noise floor, standard deviation 1.000, n = 3" in inside[1]
+
+
+def test_without_multipliers_the_noise_floor_is_said_to_be_missing():
+    variants, rows, kl = scale_variants(("amax", "ptq", {}), ("gptq", "ptq", {"scale_rule": "gptq", "block_scales": "frozen"}))
+    notes = scale_notes(scale_rules(rows, variants, kl), kl)
+    assert notes[0] == "Noise floor of scale rules: not measured (add variants with quantization.scale_multiplier)."
+    assert "KL gptq − amax" in notes[1] and notes[1].endswith("its noise floor: not measured.")
+
+
+def test_a_run_with_one_choice_of_scales_says_nothing_of_scale_rules():
+    variants, rows, kl = scale_variants(("a", "ptq", {}), ("b", "ptq", {"activations": False}), ("q", "qad", {}))
+    assert scale_rules(rows, variants, kl) is None
+    assert scale_notes(None, kl) == []
+
+
+def test_a_trained_variant_is_paired_with_the_ptq_it_starts_from_and_not_with_other_choices_of_scales():
+    variants, rows, kl = scale_variants(
+        ("amax", "ptq", {}),
+        ("x1.1", "ptq", {"scale_multiplier": 1.1}),
+        ("w4a16", "ptq", {"activations": False}),
+        ("qad", "qad", {}),
+        ("qad-frozen", "qad", {"block_scales": "frozen"}),
+        ("qad-mse", "qad", {"scale_rule": "mse", "block_scales": "frozen"}),
+    )
+    pairs = {(p["candidate"], p["baseline"]) for p in paired_kl(rows, variants)}
+    assert pairs == {(name, start) for name in ("qad", "qad-frozen") for start in ("amax", "w4a16")} | {
+        ("qad-mse", start) for start in ("amax", "x1.1", "w4a16")
+    }
+    compared = {(p["candidate"], p["baseline"]) for p in scale_rules(rows, variants, kl)["comparisons"]}
+    assert compared == {("qad-frozen", "qad"), ("qad-mse", "qad")}

@@ -1,0 +1,65 @@
+"""The benchmarks run, compare bits first, and refuse what they cannot measure."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    module = load("kernels_cpu")
+    monkeypatch.setattr(module, "SHAPES", ((32, 48), (64, 16)))
+    monkeypatch.setattr(sys, "argv", ["kernels_cpu.py", "--runs", "3"])
+    return module
+
+
+def test_the_cpu_benchmark_prints_each_call_beside_plain_torch(cpu, capsys):
+    cpu.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if " × " in line]
+    assert [(row[0].strip("| "), row[1]) for row in rows] == [
+        (name, shape)
+        for shape in ("32 × 48", "64 × 16")
+        for name in ("fake_quantize, BF16", "project, FP32 to BF16", "quantize, FP32", "dequantize, BF16")
+    ]
+    assert all(float(row[4]) > 0 for row in rows)
+
+
+def test_the_cpu_benchmark_times_nothing_when_bits_differ(cpu, monkeypatch, capsys):
+    monkeypatch.setattr(cpu.kernels, "fake_quantize", lambda x, scale: x + 1)
+    with pytest.raises(SystemExit, match=r"fake_quantize, BF16 of \(32, 48\): the bits differ; nothing was timed"):
+        cpu.main()
+    assert " × " not in capsys.readouterr().out
+
+
+def test_the_cpu_benchmark_refuses_without_numba(cpu, monkeypatch):
+    monkeypatch.setattr(cpu.kernels, "backend", lambda device: "torch")
+    with pytest.raises(SystemExit, match="numba is not installed"):
+        cpu.main()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU to measure")
+def test_the_gpu_benchmark_refuses_without_a_gpu():
+    done = subprocess.run([sys.executable, str(BENCH / "kernels_gpu.py")], capture_output=True, text=True)
+    assert done.returncode == 1 and "torch sees no CUDA device; run it on a machine with a GPU" in done.stderr
+    assert not done.stdout
+
+
+def test_the_export_benchmark_measures_an_increase_and_the_bytes_of_the_format(capsys):
+    module = load("export_memory")
+    module.measure("modelopt", 1)
+    cells = [cell.strip() for cell in capsys.readouterr().out.strip().strip("|").split("|")]
+    assert cells[0] == "modelopt" and float(cells[4]) == pytest.approx(0.5625, abs=1e-4)
+    assert 0 < float(cells[3]) < 4
