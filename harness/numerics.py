@@ -26,6 +26,7 @@ _FORMAT = (
     "qad/quantize.py",
     "qad/recipe.py",
     "qad/kv_cache.py",
+    "qad/straight_through.py",
 )
 _LOADING = (
     "qad/checkpoint.py",

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qad import fp8
 from qad.errors import RecipeError
+from qad.straight_through import FakeQuantize
 
 ATTENTION = "qad_kv_cache"
 """Name under which the intercepting attention function is registered with transformers."""
@@ -37,8 +37,7 @@ class KvCacheQuantizer(nn.Module):
         return self._round(key, self.k_scale, "keys"), self._round(value, self.v_scale, "values")
 
     def _round(self, x: Tensor, scale: Tensor, what: str) -> Tensor:
-        rounded = fp8.fake_quantize(x.detach(), scale, name=f"{what} of {self.name}")
-        return rounded if not x.requires_grad else x + (rounded - x.detach())
+        return FakeQuantize.apply(x, scale, "fp8", f"{what} of {self.name}")
 
 
 class _Recorder(nn.Module):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +18,7 @@ from qad import fp8, kernels, nvfp4
 from qad.fp8 import Fp8Packed
 from qad.nvfp4 import E2M1_MAX, E4M3_MAX, E4M3_SMALLEST, Packed, blocks
 from qad.recipe import Format, FusedGroup
-
-
-class _FakeQuantize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tensor_scale: Tensor, format: Format, name: str) -> Tensor:
-        quantize = {"nvfp4": kernels.fake_quantize, "fp8": fp8.fake_quantize}[format]
-        return quantize(x, tensor_scale, name=name)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0], None, None, None
+from qad.straight_through import FakeQuantize
 
 
 @dataclass
@@ -80,7 +69,7 @@ class InputQuantizer(nn.Module):
             self.quantizations += 1
             if self.counts is not None:
                 self.counts.add(x, self.tensor_scale, self.group.format, self.group.name)
-            quantized = _FakeQuantize.apply(x, self.tensor_scale, self.group.format, f"input of {self.group.name}")
+            quantized = FakeQuantize.apply(x, self.tensor_scale, self.group.format, f"input of {self.group.name}")
             if x.is_inference():  # such tensors keep no count of writes in place, so sharing could go stale
                 return quantized
             self._source = (x, x._version, torch.is_grad_enabled())

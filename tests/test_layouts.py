@@ -442,3 +442,15 @@ def test_gptq_without_batches_is_refused_before_anything_changes(tiny_model):
     with pytest.raises(CalibrationError, match="rounds by what calibration batches do to a layer: give batches"):
         quantize_model(model, recipe, None)
     assert not quantized_linears(model)
+
+
+def test_keys_and_values_are_the_same_with_a_gradient_as_without_also_far_beyond_their_scale():
+    quantizer = kv_cache.KvCacheQuantizer("attention", torch.tensor(2.0**-6), torch.tensor(2.0**-9))
+    x = (torch.randn(1, 2, 400, 16, generator=torch.Generator().manual_seed(0)) * 20).bfloat16()
+    expected = quantizer(x, x)
+    assert bool((x.abs() > 4 * 448 * 2.0**-9).any())
+    tracked = x.clone().requires_grad_(True)
+    found = quantizer(tracked, tracked)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    (found[0].float().sum() + found[1].float().sum()).backward()
+    assert torch.equal(tracked.grad, torch.full_like(x, 2.0))
