@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qad.batch import Batch
 from qad.clustered import ratio_with_stderr
-from qad.distill import Batch
 from qad.errors import NonFiniteError
 from qad.kernels import checking_once
 from qad.losses import token_divergence
@@ -54,7 +54,7 @@ def final_hidden(model: Any, batches: Iterable[Batch]) -> Iterator[Tensor]:
     """Last hidden states (sequences, tokens, width) of `model`, batch by batch."""
     for batch in batches:
         with checking_once():
-            hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            hidden = model.base_model(**batch.to(model.device).inputs)
         yield hidden.last_hidden_state
 
 
@@ -77,7 +77,8 @@ def measure(
     """
     response: list[SequenceDivergence] = []
     everything: list[SequenceDivergence] = []
-    for candidate, teacher, batch in zip(candidate_hidden, teacher_hidden, batches, strict=True):
+    for candidate, teacher, given in zip(candidate_hidden, teacher_hidden, batches, strict=True):
+        batch = given.to(candidate.device)
         for row in range(len(batch.input_ids)):
             length = int(batch.attention_mask[row].sum())
             tokens = token_divergence(

@@ -6,7 +6,16 @@ QadError
     CalibrationError  activations were never seen, or saturate too often
     CheckpointError   a folder that is not a checkpoint we can read
     TrainingError     a loss that is not finite, a batch without a token to learn from
+    Interrupted       a run that was asked to stop, and did
 """
+
+
+def memory_asked_for(error: Exception) -> str | None:
+    """What an allocator said when there was too little memory, on a CPU or a GPU; None for any other error."""
+    reason = (str(error).splitlines() or [""])[0]
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    is_it = named or (isinstance(error, RuntimeError) and "allocate memory" in reason)
+    return (reason or type(error).__name__) if is_it else None
 
 
 class QadError(ValueError):
@@ -31,3 +40,7 @@ class CheckpointError(QadError):
 
 class TrainingError(QadError):
     """The training loop cannot go on."""
+
+
+class Interrupted(QadError):
+    """Someone asked the run to stop; the message says what is kept."""

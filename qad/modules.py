@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qad import fp8, kernels, nvfp4
+from qad import fp8, kernels
 from qad.fp8 import Fp8Packed
 from qad.nvfp4 import E2M1_MAX, E4M3_MAX, E4M3_SMALLEST, Packed, blocks
+from qad.ranks import local
 from qad.recipe import Format, FusedGroup
 from qad.straight_through import FakeQuantize
 
@@ -63,6 +64,7 @@ class InputQuantizer(nn.Module):
         self._result: Tensor | None = None
         self._consumers_left = 0
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """The quantized `x` (..., K); the same tensor for the members of the group that follow with the same input."""
         if self._result is None or not self._holds(x):
@@ -93,7 +95,7 @@ class QuantizedLinear(nn.Linear):
 
     encoding: the codes and scales that the live weight decodes; what export writes. None after loading.
     original: the weight before quantization, from which training starts its master. None after loading.
-    frozen_block_scale: the block scales that every projection keeps; None where each projection derives them by amax.
+    frozen_block_scale: the block scales of the next projection, frozen or learned; None where each projection derives them by amax.
     """
 
     format: Format = "nvfp4"
@@ -115,17 +117,22 @@ class QuantizedLinear(nn.Linear):
 
     @torch.no_grad()
     def project(self, master: Tensor, *, name: str) -> int:
-        """Encode `master` (out, in), make the live weight its decoded value; returns how many blocks saturate."""
+        """Encode `master` (out, in), make the live weight its decoded value; returns how many blocks saturate.
+
+        Where the weight is sharded, `master` is this rank's rows of it.
+        """
         self.encoding, saturated = kernels.project(
-            master, self.tensor_scale, self.weight, block_scale=self.frozen_block_scale, name=name
+            master, self.tensor_scale, local(self.weight), block_scale=self.frozen_block_scale, name=name
         )
         return saturated
 
     @torch.no_grad()
-    def set_encoding(self, encoding: Packed) -> None:
+    def set_encoding(self, encoding: Packed | Fp8Packed) -> None:
         """Take codes and scales that were chosen elsewhere, and make the live weight their decoded value."""
         self.encoding = encoding
-        self.weight.copy_(nvfp4.dequantize(encoding, self.weight.dtype))
+        dtype = self.weight.dtype
+        decoded = kernels.dequantize(encoding, dtype) if isinstance(encoding, Packed) else fp8.dequantize(encoding, dtype)
+        local(self.weight).copy_(decoded)
 
 
 class Fp8Linear(QuantizedLinear):
@@ -137,7 +144,7 @@ class Fp8Linear(QuantizedLinear):
     def project(self, master: Tensor, *, name: str) -> int:
         """As for NVFP4; returns how many weights lie beyond 448 tensor scales."""
         self.encoding = fp8.quantize(master, self.tensor_scale, name=name)
-        self.weight.copy_(fp8.dequantize(self.encoding, self.weight.dtype))
+        local(self.weight).copy_(fp8.dequantize(self.encoding, self.weight.dtype))
         return int((master.abs() > E4M3_MAX * self.tensor_scale).sum())
 
 

@@ -62,7 +62,7 @@ def quantize_model(
     for name in (name for group in nvfp4_groups for name in group.members):
         encoding = changed[name].encoding
         assert isinstance(encoding, Packed)
-        changed[name].frozen_block_scale = encoding.block_scale if recipe.block_scales == "frozen" else None
+        changed[name].frozen_block_scale = None if recipe.block_scales == "recomputed" else encoding.block_scale
         changed[name].original = changed[name].original if keep_originals else None
     if targets.kv_cache:
         kv_cache.install(model, {name: _cache_scales(name, recipe, input_amax) for name in targets.kv_cache})

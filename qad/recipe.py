@@ -22,7 +22,7 @@ from qad.scales import BlockScaleRule
 Format = Literal["nvfp4", "fp8"]
 ScaleRule = Literal["amax", "mse", "four_over_six", "gptq"]
 ScaleWeighting = Literal["none", "second_moment"]
-BlockScales = Literal["recomputed", "frozen"]
+BlockScales = Literal["recomputed", "frozen", "learned"]
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Name of the fused layer and its members, as siblings under one parent (vLLM's names)."""
@@ -69,9 +69,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.scale_rule not in get_args(ScaleRule):
             raise RecipeError(f"scale_rule {self.scale_rule!r}: allowed: {', '.join(get_args(ScaleRule))}")
-        if self.scale_rule != "amax" and self.block_scales != "frozen":
+        if self.scale_rule != "amax" and self.block_scales == "recomputed":
             raise RecipeError(
-                f'scale_rule "{self.scale_rule}" takes block_scales = "frozen": to recompute them is the amax rule'
+                f'scale_rule "{self.scale_rule}" takes block_scales = "frozen" or "learned": to recompute them is the amax rule'
             )
         if self.scale_weighting != "none" and self.scale_rule not in ("mse", "gptq"):
             raise RecipeError(

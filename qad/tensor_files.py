@@ -150,9 +150,27 @@ def write_shards(
     )
     for file, members in zip(names, shards, strict=True):
         save_file({name: get(name).detach().cpu().contiguous() for name in members}, folder / file, metadata | {"format": "pt"})
+        _sort_metadata(folder / file)
     if len(shards) > 1:
         weight_map = {name: file for file, members in zip(names, shards, strict=True) for name in members}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+
+
+def _sort_metadata(path: Path) -> None:
+    """Order the metadata keys of a safetensors header, which safetensors writes in another order in every process.
+
+    Equal checkpoints are equal bytes then. The header keeps its length; the format fills with spaces what is left.
+    """
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        written = file.read(length)
+        header = json.loads(written)
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) > length:
+            raise ValueError(f"{path}: its header has {length} bytes, {len(ordered)} with ordered keys; report this")
+        file.seek(8)
+        file.write(ordered.ljust(length))
 
 
 def sizes_of(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:

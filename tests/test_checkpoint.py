@@ -14,6 +14,7 @@ from qad.footprint import footprint
 from qad.packed import read_encodings
 from qad.quantize import quantize_model
 from qad.recipe import Recipe, match
+from qad.tensor_files import write_shards
 
 
 @pytest.fixture
@@ -314,3 +315,17 @@ def test_an_export_of_remote_code_keeps_its_files_and_loads_back(remote, tmp_pat
     ids = torch.arange(30)[None]
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_metadata_lies_in_one_order_so_that_equal_checkpoints_are_equal_bytes(tmp_path):
+    written = set()
+    for index in range(8):  # safetensors draws an order a call
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        write_shards(folder, {"a": 16}, {"a": torch.arange(4.0)}.__getitem__, metadata={"qad": "é", "b": "1", "c": "2"})
+        written.add((folder / "model.safetensors").read_bytes())
+        assert torch.equal(load_file(folder / "model.safetensors")["a"], torch.arange(4.0))
+    (found,) = written
+    header = json.loads(found[8 : 8 + int.from_bytes(found[:8], "little")])
+    assert header["__metadata__"] == {"b": "1", "c": "2", "format": "pt", "qad": "é"}
+    assert list(header["__metadata__"]) == sorted(header["__metadata__"])

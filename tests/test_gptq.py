@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from training_checks import KL, batches_for, one_each, settings
 
 from qad import gptq, nvfp4
 from qad.calibrate import calibrate, second_moments
 from qad.cells import nearest_in_cell
 from qad.checkpoint import load_checkpoint, write_checkpoint
-from qad.distill import Batch, Masters, Optimization, train
+from qad.distill import train
 from qad.errors import CalibrationError, CheckpointError, NonFiniteError, RecipeError
 from qad.gptq import gptq_codes
+from qad.masters import Masters
 from qad.modules import encoding_digest
 from qad.nvfp4 import Packed, decode_e2m1, encode_e2m1, pack
 from qad.packed import read_encodings
@@ -133,21 +135,10 @@ def test_a_scale_too_small_for_cells_in_fp32_is_refused_with_a_name():
         nearest_in_cell(torch.zeros(1, 16), Packed(pack(codes), one, torch.tensor(2.0**-140)), name="some weight")
 
 
-def batches_for(vocabulary: int, n: int = 3) -> list[Batch]:
-    generator = torch.Generator().manual_seed(3)
-    found = []
-    for _ in range(n):
-        ids = torch.randint(2, vocabulary, (4, 48), generator=generator)
-        attention = torch.ones_like(ids)
-        attention[3, 24:] = 0
-        found.append(Batch(ids, attention, attention.bool()))
-    return found
-
-
 def quantized(folder, recipe: Recipe, **options):
     """The model in `folder` quantized by `recipe`, its teacher, modules, batches, and what they were quantized with."""
     teacher, student = load_checkpoint(folder).model, load_checkpoint(folder).model
-    batches = batches_for(teacher.config.vocab_size)
+    batches = batches_for(3, vocabulary=teacher.config.vocab_size)
     inputs = [{"input_ids": b.input_ids, "attention_mask": b.attention_mask} for b in batches]
     amax = calibrate(teacher, recipe, inputs) if recipe.activations else None
     if not options:
@@ -161,15 +152,15 @@ def test_frozen_training_starts_at_the_checkpoint_keeps_its_block_scales_and_cha
     teacher, student, modules, batches = quantized(tiny_model, recipe)
     start = encoding_digest(modules)
     scales = {name: module.encoding.block_scale.view(torch.uint8).clone() for name, module in modules.items()}
+    originals = {f"{name}.weight": module.original.float() for name, module in modules.items()}
     masters = Masters(student)
     masters.project()
     assert encoding_digest(modules) == start
-    inside = [bool((m == module.original).all()) for m, module in zip(masters.parameters, modules.values(), strict=True)]
+    inside = [torch.equal(master, originals[name]) for name, master in masters.named.items()]
     assert all(inside) == (recipe.scale_rule != "gptq")  # the other rules round to the nearest: the master is the weight
-    for handle in masters._handles:
-        handle.remove()
-    done = train(student, teacher, batches, Optimization(lr=1e-3, warmup_steps=0))
-    assert done.start_digest == start
+    teacher, student, modules, batches = quantized(tiny_model, recipe)
+    assert encoding_digest(modules) == start
+    done, _ = train(student, teacher, one_each(batches), settings(), objective=KL)
     assert done.block_scales_changed == 0.0 < done.codes_changed < 1.0
     for name, module in modules.items():
         assert torch.equal(module.encoding.block_scale.view(torch.uint8), scales[name])
@@ -178,7 +169,8 @@ def test_frozen_training_starts_at_the_checkpoint_keeps_its_block_scales_and_cha
 
 def test_amax_that_recomputes_its_block_scales_changes_them(tiny_model):
     teacher, student, _, batches = quantized(tiny_model, Recipe())
-    assert train(student, teacher, batches, Optimization(lr=1e-3, warmup_steps=0)).block_scales_changed > 0
+    done, _ = train(student, teacher, one_each(batches), settings(), objective=KL)
+    assert done.block_scales_changed > 0
 
 
 @pytest.mark.parametrize("name", ["mse weighted", "gptq", "four_over_six"])
@@ -251,7 +243,7 @@ def test_a_hessian_is_the_sum_over_what_serving_multiplies_by_without_padding(ti
 
 def test_skipping_the_first_token_leaves_it_out_of_amax_and_of_second_moments(tiny_model):
     model = load_checkpoint(tiny_model).model
-    (batch,) = batches_for(model.config.vocab_size, 1)
+    (batch,) = batches_for(1, vocabulary=model.config.vocab_size)
     inputs = [{"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}]
     seen = {}
     handle = model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda m, x: seen.update(x=x[0]))

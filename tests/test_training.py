@@ -1,85 +1,28 @@
-"""Losses and the training loop, on numbers that can be worked out another way."""
+"""The training loop, on numbers that can be worked out another way."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+from training_checks import CE, KL, Recorder, batches_for, inputs_of, kl_to, losses_of, one_each, quantized, run, same, settings
 
 from qad import nvfp4
+from qad.batch import Batch
 from qad.calibrate import calibrate, counting_blocks, require_unsaturated
 from qad.checkpoint import load_checkpoint
-from qad.distill import Batch, Masters, Optimization, batch_loss, train
-from qad.divergence import final_hidden, measure, summarize
+from qad.distill import train
+from qad.divergence import final_hidden
 from qad.errors import CalibrationError, TrainingError
-from qad.losses import CHUNK_TOKENS, cross_entropy, forward_kl, token_divergence
-from qad.modules import BlockCounts, encoding_digest
-from qad.quantize import quantize_model
+from qad.masters import Masters
+from qad.modules import BlockCounts, encoding_digest, input_quantizers
 from qad.recipe import Recipe
-
-
-def hidden_and_heads(n_tokens=CHUNK_TOKENS + 37, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(n_tokens, 16, generator=generator, dtype=torch.float64) for _ in range(2))
-    heads = [torch.randn(50, 16, generator=generator, dtype=torch.float64) * 0.5 for _ in range(2)]
-    labels = torch.randint(0, 50, (n_tokens,), generator=generator)
-    return student.to(dtype), heads[0].to(dtype), teacher.to(dtype), heads[1].to(dtype), labels
-
-
-def plain_losses(student, head, teacher, teacher_head, labels):
-    """The definitions in one piece, through autograd, in the type given."""
-    logp = torch.log_softmax(student @ head.T, dim=1)
-    logq = torch.log_softmax(teacher @ teacher_head.T, dim=1)
-    return (logq.exp() * (logq - logp)).sum(1), -logp[torch.arange(len(labels)), labels]
-
-
-@pytest.mark.parametrize("objective", ["kl", "ce"])
-def test_chunked_losses_and_gradients_equal_the_plain_ones_across_chunks(objective):
-    student, head, teacher, teacher_head, labels = hidden_and_heads()
-    reference = student.clone().requires_grad_(True)
-    kl, ce = plain_losses(reference, head, teacher, teacher_head, labels)
-    expected = (kl if objective == "kl" else ce).sum() / 1000
-    expected.backward()
-    ours = student.float().requires_grad_(True)
-    head, teacher, teacher_head = head.float(), teacher.float(), teacher_head.float()
-    if objective == "kl":
-        loss = forward_kl(ours, head, teacher, teacher_head, labels, n_tokens=1000)
-    else:
-        loss = cross_entropy(ours, head, labels, n_tokens=1000)
-    (3 * loss).backward()
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
-    assert torch.allclose(ours.grad.double(), 3 * reference.grad, rtol=1e-4, atol=1e-8)
-
-
-def test_token_divergence_equals_the_definitions_and_is_zero_against_itself():
-    student, head, teacher, teacher_head, labels = hidden_and_heads()
-    kl, ce = plain_losses(student, head, teacher, teacher_head, labels)
-    found = token_divergence(student.float(), head.float(), teacher.float(), teacher_head.float(), labels)
-    assert torch.allclose(found.kl.double(), kl, rtol=1e-4, atol=1e-6)
-    assert torch.allclose(found.ce.double(), ce, rtol=1e-5, atol=1e-6)
-    agree = (student @ head.T).argmax(1) == (teacher @ teacher_head.T).argmax(1)
-    assert torch.equal(found.top1.bool(), agree)
-    itself = token_divergence(student.float(), head.float(), student.float(), head.float(), labels)
-    assert float(itself.kl.abs().max()) == 0.0
-    assert float(itself.top1.min()) == 1.0
-
-
-def batches_for(n_steps: int, *, vocabulary: int, length: int = 48) -> list[Batch]:
-    generator = torch.Generator().manual_seed(3)
-    found = []
-    for _ in range(n_steps):
-        ids = torch.randint(2, vocabulary, (4, length), generator=generator)
-        attention = torch.ones_like(ids)
-        attention[3, length // 2 :] = 0
-        found.append(Batch(ids, attention, attention.bool()))
-    return found
+from qad.scales import amax_block_scales
 
 
 @pytest.fixture
 def pair(tiny_model):
-    """A teacher, a student quantized as PTQ is, and batches."""
-    teacher, student = load_checkpoint(tiny_model).model, load_checkpoint(tiny_model).model
-    batches = batches_for(24, vocabulary=teacher.config.vocab_size)
-    inputs = [{"input_ids": b.input_ids, "attention_mask": b.attention_mask} for b in batches[:4]]
-    modules = quantize_model(student, Recipe(), calibrate(teacher, Recipe(), inputs))
-    return teacher, student, modules, batches
+    """A teacher, a student quantized as PTQ is, its quantized modules, and batches."""
+    return quantized(tiny_model)
 
 
 def test_calibration_sees_the_largest_input_and_leaves_padding_out(tiny_model):
@@ -90,20 +33,16 @@ def test_calibration_sees_the_largest_input_and_leaves_padding_out(tiny_model):
     with torch.no_grad():
         model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     handle.remove()
-    found = calibrate(model, Recipe(), [{"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}])
+    found = calibrate(model, Recipe(), inputs_of([batch]))
     assert found["model.layers.0.mlp.down_proj"] == float(seen["x"][batch.attention_mask.bool()].abs().max())
     with pytest.raises(CalibrationError, match="reached 0 of 8 fused groups"):
         calibrate(model, Recipe(), [])
 
 
 def test_too_little_headroom_saturates_and_is_refused(tiny_model):
-    teacher, student = load_checkpoint(tiny_model).model, load_checkpoint(tiny_model).model
-    batches = batches_for(2, vocabulary=teacher.config.vocab_size)
-    inputs = [{"input_ids": b.input_ids, "attention_mask": b.attention_mask} for b in batches]
-    recipe = Recipe(headroom=0.05)
-    quantize_model(student, recipe, calibrate(teacher, recipe, inputs))
+    _, student, _, batches = quantized(tiny_model, Recipe(headroom=0.05))
     with counting_blocks(student) as counts:
-        list(final_hidden(student, batches))
+        list(final_hidden(student, batches[:2]))
     assert counts.saturated > 0.01 * counts.total
     with pytest.raises(CalibrationError, match=r"activation blocks saturate.*raise calibration\.headroom"):
         require_unsaturated(counts, max_saturated=0.001, max_overshoot=1e9)
@@ -122,21 +61,30 @@ def test_one_token_far_beyond_its_scale_is_refused_where_its_share_of_blocks_is_
         require_unsaturated(counts, max_saturated=0.001, max_overshoot=2.0)
 
 
-def test_training_starts_at_ptq_and_every_projection_keeps_live_weights_decoded(pair):
+def test_training_starts_at_ptq_and_after_every_step_live_weights_decode_what_the_masters_encode_to(pair):
     teacher, student, modules, batches = pair
     start = encoding_digest(modules)
-    seen = []
+    first_loss = float(kl_to(teacher, student, batches[:1]).kl)
+    masters_seen = []
 
     def check(step):
-        seen.append(step)
         for module in modules.values():
             assert torch.equal(module.weight, nvfp4.dequantize(module.encoding))
+        masters_seen.append(encoding_digest(modules))
 
-    done = train(student, teacher, batches[:3], Optimization(lr=1e-3, warmup_steps=0), on_step=check)
-    assert done.start_digest == start
-    assert encoding_digest(modules) != start
-    assert [step.n_tokens for step in seen] == [48 * 3 + 24] * 3
-    assert 0 < done.codes_changed < 1
+    seen = Recorder(on_step=check)
+    done, masters = train(student, teacher, one_each(batches[:3]), settings(), objective=KL, watcher=seen)
+    assert [step.n_tokens for step in seen.steps] == [48 * 3 + 24] * 3
+    assert [step.n_loss_tokens for step in seen.steps] == [47 * 3 + 23] * 3
+    assert done.steps[0].loss == pytest.approx(first_loss, rel=1e-5)  # step 0 is the PTQ checkpoint
+    assert len({start, *masters_seen}) == 4
+    assert 0 < done.codes_changed < 1 and 0 < done.block_scales_changed < 1
+    for name, module in modules.items():
+        master = masters.named[f"{name}.weight"]
+        assert master.dtype is torch.float32
+        expected = nvfp4.quantize(master, amax_block_scales(master.detach(), module.tensor_scale), module.tensor_scale)
+        for ours, by_hand in zip(module.encoding.tensors(), expected.tensors(), strict=True):
+            assert torch.equal(ours, by_hand)
 
 
 def test_the_master_of_a_quantized_weight_starts_at_the_original_and_encodes_to_ptq(pair, tiny_model):
@@ -144,86 +92,79 @@ def test_the_master_of_a_quantized_weight_starts_at_the_original_and_encodes_to_
     original = load_checkpoint(tiny_model).model
     start = encoding_digest(modules)
     masters = Masters(student)
-    for (name, _), master in zip(modules.items(), masters.parameters, strict=True):
-        assert torch.equal(master, original.get_submodule(name).weight.float())
+    assert list(masters.named) == [f"{name}.weight" for name in modules]
+    for name, master in masters.named.items():
+        assert torch.equal(master, original.get_parameter(name).float())
     masters.project()
     assert encoding_digest(modules) == start
 
 
-def test_a_tiny_learning_rate_moves_the_master_as_fp32_adamw_says_although_codes_stay(pair):
-    teacher, student, _, batches = pair
-    masters = Masters(student)
-    before = [master.detach().clone() for master in masters.parameters]
-    optimizer = torch.optim.AdamW(masters.parameters, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0)
-    batch_loss(student, teacher, batches[0], n_tokens=100).backward()
-    optimizer.step()
-    for master, old in zip(masters.parameters, before, strict=True):
-        moved = (master.detach() - old)[master.grad != 0]
-        assert float(moved.abs().median()) == pytest.approx(1e-6, rel=0.05)
+def adamw_by_hand(master, gradients, rates, *, betas=(0.9, 0.95), eps=1e-8):
+    """AdamW without weight decay, as its paper writes it, in float64."""
+    x, m, v = master.double(), 0.0, 0.0
+    for t, (gradient, lr) in enumerate(zip(gradients, rates, strict=True), start=1):
+        g = gradient.double()
+        m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g * g
+        x = x - lr * (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+    return x
 
 
-def test_gradients_of_micro_batches_add_up_in_fp32_on_the_master(pair):
+def test_a_tiny_learning_rate_moves_the_masters_as_fp32_adamw_says_although_the_live_weights_stay(pair, monkeypatch):
     teacher, student, modules, batches = pair
-    masters = Masters(student)
-    for batch in batches[:2]:
-        batch_loss(student, teacher, batch, n_tokens=100).backward()
-    first = next(iter(modules.values()))
-    assert first.weight.grad is None
-    assert masters.parameters[0].grad.dtype is torch.float32
-    summed = masters.parameters[0].grad.clone()
-    masters.parameters[0].grad = None
-    batch_loss(student, teacher, batches[0], n_tokens=100).backward()
-    one = masters.parameters[0].grad.clone()
-    masters.parameters[0].grad = None
-    batch_loss(student, teacher, batches[1], n_tokens=100).backward()
-    assert torch.equal(summed, one + masters.parameters[0].grad)
+    before = {f"{name}.weight": module.original.float() for name, module in modules.items()}
+    start = {name: module.weight.detach().clone() for name, module in modules.items()}
+    gradients = []
+
+    def spy(parameters, clip_norm):
+        gradients.append([parameter.grad.clone() for parameter in parameters])
+        return torch.tensor(0.0)
+
+    monkeypatch.setattr("qad.distill.nn.utils.clip_grad_norm_", spy)
+    steps = one_each(batches[:4])
+    done, masters = train(student, teacher, steps, settings(lr=1e-6, schedule="constant"), objective=KL)
+    for index, (name, master) in enumerate(masters.named.items()):
+        expected = adamw_by_hand(before[name], [step[index] for step in gradients], [1e-6] * 4)
+        moved, wanted = master.detach().double() - before[name], expected - before[name]
+        assert 1e-6 < float(wanted.abs().max()) < 5e-6
+        # FP32 holds a weight to 2^-24 of its size, four times over
+        assert bool(((moved - wanted).abs() <= 4 * 2.0**-24 * before[name].abs() + 1e-10).all())
+    assert done.codes_changed < 0.02  # of weights that BF16 put on the very border of a rounding cell
+    unchanged = [float((module.weight == start[name]).float().mean()) for name, module in modules.items()]
+    assert min(unchanged) > 0.9
 
 
 def test_only_quantized_weights_are_trained(pair):
     teacher, student, modules, batches = pair
     before = {n: p.detach().clone() for n, p in student.named_parameters()}
-    train(student, teacher, batches[:2], Optimization(lr=1e-2, warmup_steps=0))
+    done, _ = train(student, teacher, one_each(batches[:2]), settings(lr=1e-2), objective=KL)
     changed = {n for n, p in student.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == {f"{name}.weight" for name in modules}
-
-
-def kl_to(teacher, student, batches):
-    heads = [m.get_output_embeddings().weight for m in (student, teacher)]
-    response, _ = measure(final_hidden(student, batches), heads[0], final_hidden(teacher, batches), heads[1], batches)
-    return summarize(response)
+    assert changed == {f"{name}.weight" for name in modules} == set(done.trainable)
+    assert all(done.trainable[name] == before[name].numel() for name in changed)
+    assert not any(p.requires_grad or p.grad is not None for p in student.parameters())
 
 
 def test_distillation_lowers_kl_and_cross_entropy_training_raises_it(pair, tiny_model):
     teacher, student, _, batches = pair
-    measured = batches[:4]
-    before = kl_to(teacher, student, measured)
-    train(student, teacher, batches[:4] * 12, Optimization(lr=2e-3, warmup_steps=2))
-    assert kl_to(teacher, student, measured).kl < 0.9 * before.kl
-    other = load_checkpoint(tiny_model).model
-    inputs = [{"input_ids": b.input_ids, "attention_mask": b.attention_mask} for b in batches[:4]]
-    quantize_model(other, Recipe(), calibrate(teacher, Recipe(), inputs))
-    train(other, None, batches[:4] * 12, Optimization(lr=2e-3, warmup_steps=2))
-    assert kl_to(teacher, other, measured).kl > before.kl
+    before = kl_to(teacher, student, batches[:4])
+    steps = one_each(batches[:4] * 12)
+    train(student, teacher, steps, settings(lr=2e-3, warmup_steps=2), objective=KL)
+    assert kl_to(teacher, student, batches[:4]).kl < 0.9 * before.kl
+    _, other, _, _ = quantized(tiny_model)
+    done, _ = train(other, None, steps, settings(lr=2e-3, warmup_steps=2), objective=CE)
+    assert kl_to(teacher, other, batches[:4]).kl > before.kl
+    assert done.steps[-1].kl is None and done.steps[-1].loss == done.steps[-1].ce < done.steps[0].ce
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step(pair):
-    teacher, student, _, batches = pair
-    teacher.model.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(TrainingError, match="step 0: the kl loss is nan"):
-        train(student, teacher, batches[:2], Optimization(lr=1e-3))
+def test_an_objective_with_a_teacher_and_none_given_is_refused(pair):
+    _, student, _, batches = pair
+    with pytest.raises(ValueError, match='loss "kl" needs a teacher'):
+        train(student, None, one_each(batches[:1]), settings(), objective=KL)
 
 
 def test_a_batch_without_a_token_to_learn_from_is_refused(pair):
     teacher, student, _, batches = pair
-    empty = Batch(batches[0].input_ids, batches[0].attention_mask, torch.zeros_like(batches[0].loss_mask))
     with pytest.raises(TrainingError, match="step 1: no token to predict"):
-        train(student, teacher, [batches[0], empty], Optimization(lr=1e-3))
-
-
-def test_the_schedule_warms_up_and_ends_near_zero():
-    linear = Optimization(lr=1.0, warmup_steps=4)
-    assert [linear.lr_at(step, 10) for step in (0, 1, 3, 4, 9)] == [0.25, 0.5, 1.0, 1.0, pytest.approx(1 / 6)]
-    assert Optimization(lr=1.0, schedule="constant", warmup_steps=0).lr_at(9, 10) == 1.0
+        train(student, teacher, [[batches[0]], [batches[0].without_loss()]], settings(), objective=KL)
 
 
 def test_errors_of_kl_are_over_sequences_and_one_sequence_has_none(pair):
@@ -235,3 +176,218 @@ def test_errors_of_kl_are_over_sequences_and_one_sequence_has_none(pair):
     assert kl_to(teacher, teacher, batches[:1]).kl == 0.0
     one = Batch(batches[0].input_ids[:1], batches[0].attention_mask[:1], batches[0].loss_mask[:1])
     assert kl_to(teacher, student, [one]).kl_stderr is None
+
+
+def halves(batch: Batch) -> list[Batch]:
+    """A batch of four rows as one of three and one of one, with unequal numbers of tokens."""
+    parts = (slice(0, 1), slice(1, 4))
+    return [Batch(batch.input_ids[p], batch.attention_mask[p], batch.loss_mask[p]) for p in parts]
+
+
+@pytest.mark.parametrize("kind", ["quantized", "all"])
+def test_a_step_of_unequal_micro_batches_is_the_step_of_one_batch(tiny_model, kind):
+    recipe = Recipe(activations=False)  # rounded activations would turn the order of sums into other codes
+    runs = []
+    for split in (False, True):
+        teacher, student, modules, batches = quantized(tiny_model, recipe, dtype=torch.float32)
+        before = {f"{name}.weight": module.original.clone() for name, module in modules.items()}
+        steps = [halves(batch) if split else [batch] for batch in batches[:1]]
+        given = settings(lr=1e-5, train=kind)
+        done, masters = train(student, teacher, steps, given, objective=KL)
+        runs.append((done, {name: masters.named[name].detach() - before[name] for name in before}))
+    (whole, moved), (parts, also_moved) = runs
+    assert parts.steps[0].n_loss_tokens == whole.steps[0].n_loss_tokens == 3 * 47 + 23
+    assert losses_of(parts) == pytest.approx(losses_of(whole), rel=1e-6)
+    assert parts.steps[0].grad_norm == pytest.approx(whole.steps[0].grad_norm, rel=1e-5)
+    for name, expected in moved.items():
+        assert float((also_moved[name] - expected).norm() / expected.norm()) < 0.02  # Adam's first step is nearly a sign
+
+
+def test_losses_of_micro_batches_are_weighed_by_their_tokens_not_averaged(pair):
+    teacher, student, _, batches = pair
+    losses = [float(kl_to(teacher, student, [part]).kl) for part in halves(batches[0])]
+    tokens = [part.n_loss_tokens for part in halves(batches[0])]
+    done, _ = train(student, teacher, [halves(batches[0])], settings(), objective=KL)
+    expected = sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens)
+    assert done.steps[0].loss == pytest.approx(expected, rel=1e-5)
+    assert done.steps[0].loss != pytest.approx(sum(losses) / 2, rel=1e-4)
+
+
+def test_gradients_above_the_norm_are_cut_to_it_and_the_norm_before_is_logged(tiny_model, monkeypatch):
+    norms = []
+
+    def spy(optimizer, *arguments, **options):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(float(torch.stack([g.norm() for g in gradients]).norm()))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    given = settings()
+    for clip_norm in (1e9, 0.25):
+        norms.clear()
+        clipped = replace(given, optimization=replace(given.optimization, clip_norm=clip_norm))
+        done, _, _ = run(tiny_model, 2, clipped)
+        logged = [step.grad_norm for step in done.steps]
+        assert min(logged) > 0.25
+        assert norms == pytest.approx([min(norm, clip_norm) for norm in logged], rel=1e-4)
+
+
+def test_validation_is_held_every_n_steps_and_after_the_last_on_the_tokens_of_all_its_batches(pair):
+    teacher, student, _, batches = pair
+    seen = Recorder()
+    given = settings(validate_every=2)
+    held_out = [*batches[10:12], *halves(batches[12])]
+    done, _ = train(student, teacher, one_each(batches[:5]), given, objective=KL, held_out=held_out, watcher=seen)
+    assert [found.step for found in done.validations] == [2, 4, 5]
+    assert tuple(seen.validations) == done.validations
+    last, expected = done.validations[-1], kl_to(teacher, student, held_out)
+    assert last.validation_kl == pytest.approx(expected.kl, rel=1e-5)
+    assert last.validation_ce == pytest.approx(expected.ce, rel=1e-5)
+    assert last.validation_loss == last.validation_kl
+    assert last.n_loss_tokens == 3 * (3 * 47 + 23)
+    assert (last.codes_changed, last.block_scales_changed) == (done.codes_changed, done.block_scales_changed)
+
+
+def test_validation_changes_nothing_of_the_training(tiny_model):
+    plain, masters, _ = run(tiny_model, 4)
+    held_out = batches_for(2, vocabulary=512)
+    watched, others, _ = run(tiny_model, 4, settings(validate_every=1), held_out=held_out)
+    assert losses_of(plain) == losses_of(watched)
+    assert all(torch.equal(masters.named[name], others.named[name]) for name in masters.named)
+
+
+def test_cross_entropy_training_validates_its_kl_too_where_it_has_a_teacher(tiny_model):
+    done, _, _ = run(tiny_model, 2, settings(validate_every=2), objective=CE, held_out=batches_for(1, vocabulary=512))
+    assert done.steps[0].kl is None and done.steps[0].loss == done.steps[0].ce
+    assert 0 < done.validations[0].validation_kl < done.validations[0].validation_ce == done.validations[0].validation_loss
+
+
+def test_validation_without_a_token_to_predict_is_refused_before_the_first_step(tiny_model):
+    (batch,) = batches_for(1, vocabulary=512)
+    for held_out in ([], [batch.without_loss()]):
+        with pytest.raises(TrainingError, match="validate_every: the held-out batches have no token to predict"):
+            run(tiny_model, 1, settings(validate_every=1), held_out=held_out)
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_batch(pair):
+    teacher, student, _, batches = pair
+    bad = int(batches[2].input_ids[0, 5])
+    teacher.set_input_embeddings(torch.nn.Embedding.from_pretrained(teacher.get_input_embeddings().weight.clone()))
+    for batch in batches[:5]:
+        batch.input_ids[batch.input_ids == bad] = 1
+    batches[4].input_ids[1, 5] = bad
+    teacher.get_input_embeddings().weight.data[bad] = float("nan")
+    steps = [batches[0:2], batches[2:5]]
+    with pytest.raises(
+        TrainingError,
+        match=r"step 1: the kl loss of batch 2 is nan; lower lr, or look at that batch; no checkpoint was written so far",
+    ):
+        train(student, teacher, steps, settings(), objective=KL)
+
+
+def test_an_activation_that_is_not_finite_stops_with_its_step_batch_and_layer(pair):
+    teacher, student, _, batches = pair
+
+    def poison(step):
+        student.model.layers[1].input_layernorm.weight.data[3] = float("nan")
+
+    with pytest.raises(
+        TrainingError, match=r"step 1, batch 0: input of model.layers.1.self_attn.qkv_proj: .*NaN.*; no checkpoint"
+    ):
+        train(student, teacher, one_each(batches[:3]), settings(), objective=KL, watcher=Recorder(on_step=poison))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_a_master(pair, monkeypatch):
+    teacher, student, modules, batches = pair
+    start = encoding_digest(modules)
+    monkeypatch.setattr("qad.distill.nn.utils.clip_grad_norm_", lambda parameters, limit: torch.tensor(float("inf")))
+    with pytest.raises(
+        TrainingError, match=r"step 0: the gradient's norm is inf at a loss of 0\.\d+; no checkpoint was written"
+    ):
+        train(student, teacher, one_each(batches[:2]), settings(), objective=KL)
+    assert encoding_digest(modules) == start
+
+
+class Greedy(torch.nn.Module):
+    """A layer that asks for 128 TiB."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *arguments, **options):
+        return self.inner(*arguments, **options) + torch.empty(1 << 45).sum()
+
+
+def test_too_little_memory_says_what_was_asked_for_and_which_keys_lower_it(pair):
+    teacher, student, _, batches = pair
+    student.model.norm = Greedy(student.model.norm)
+    with pytest.raises(TrainingError) as found:
+        train(student, teacher, one_each(batches[:1]), settings(), objective=KL)
+    message = str(found.value)
+    assert message.startswith("step 0: out of memory with batches of up to 4 x 48 tokens (")
+    assert "tried to allocate 140737488355328 bytes" in message
+    for key in (
+        "training.micro_batch_size",
+        "seq_len",
+        "training.activation_checkpointing = true",
+        'training.optimizer = "adafactor"',
+    ):
+        assert key in message
+
+
+def test_other_errors_of_torch_are_not_called_a_lack_of_memory(pair):
+    teacher, student, _, batches = pair
+    student.model.norm = torch.nn.Linear(3, 3)
+    with pytest.raises(RuntimeError, match="mat1 and mat2|must have the same dtype") as found:
+        train(student, teacher, one_each(batches[:1]), settings(), objective=KL)
+    assert not isinstance(found.value, TrainingError)
+
+
+def quantizations(student):
+    return {quantizer.group.name: quantizer.quantizations for quantizer in input_quantizers(student)}
+
+
+@pytest.mark.parametrize("kind", ["quantized", "all"])
+def test_activation_checkpointing_changes_no_bit_and_quantizes_inputs_a_second_time(tiny_model, kind):
+    runs = []
+    for checkpointing in (False, True):
+        teacher, student, _, batches = quantized(tiny_model)
+        given = settings(train=kind, activation_checkpointing=checkpointing)
+        done, masters = train(student, teacher, one_each(batches[:3]), given, objective=KL)
+        assert set(quantizations(student).values()) == {6 if checkpointing else 3}
+        assert all(quantizer._result is None and quantizer._source is None for quantizer in input_quantizers(student))
+        runs.append((losses_of(done), masters.snapshot()))
+    assert runs[0][0] == runs[1][0]
+    assert same(runs[0][1], runs[1][1])
+
+
+def test_validation_is_not_checkpointed(tiny_model):
+    teacher, student, _, batches = quantized(tiny_model)
+    given = settings(activation_checkpointing=True, validate_every=1)
+    train(student, teacher, one_each(batches[:1]), given, objective=KL, held_out=batches[5:7])
+    assert set(quantizations(student).values()) == {2 + 2}
+
+
+def test_checkpointing_needs_a_model_that_names_its_layers(pair):
+    teacher, student, _, batches = pair
+    student._no_split_modules = None
+    with pytest.raises(TrainingError, match="LlamaForCausalLM does not say what its layers are"):
+        train(student, teacher, one_each(batches[:1]), settings(activation_checkpointing=True), objective=KL)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_find_the_same_losses_and_quantize_inputs_as_often(tiny_model, checkpointing):
+    from torch._dynamo.utils import counters
+
+    runs = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        counters.clear()
+        teacher, student, _, batches = quantized(tiny_model, dtype=torch.float32)
+        del student.model.layers[1:], teacher.model.layers[1:]
+        given = settings(compile=compiled, activation_checkpointing=checkpointing)
+        done, _ = train(student, teacher, one_each(batches[:3]), given, objective=KL)
+        assert set(quantizations(student).values()) == {6 if checkpointing else 3}
+        assert (counters["stats"]["unique_graphs"] > 0) == compiled
+        runs.append(losses_of(done))
+    assert runs[1] == pytest.approx(runs[0], rel=1e-4)

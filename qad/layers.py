@@ -1,0 +1,80 @@
+"""What is done to a model layer by layer before it is trained: activation checkpointing, compilation, sharding.
+
+The layers are the decoder blocks that the model's class names (`_no_split_modules`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from qad import ranks
+from qad.errors import TrainingError
+
+
+def layers_of(model: Any) -> list[nn.Module]:
+    """The decoder blocks of a transformers model. TrainingError where its class names none."""
+    names = set(model._no_split_modules or ())
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    if not found:
+        raise TrainingError(
+            f"{type(model).__name__} does not say what its layers are (_no_split_modules): activation checkpointing, compile and "
+            "sharding need them; train it on one device without these"
+        )
+    return found
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Keep only the inputs of each layer for the backward pass, which computes the layer again."""
+    for layer in layers_of(model):
+        layer.forward = _recomputed(layer.forward)
+
+
+def compile_layers(model: Any) -> None:
+    """Compile each layer with torch.compile; input quantizers stay as they are, between the compiled parts.
+
+    Before `checkpoint_activations`, if that is wanted too: torch.compile leaves what checkpointing wraps as it is, and says nothing.
+    """
+    for layer in layers_of(model):
+        layer.forward = torch.compile(layer.forward)
+
+
+def shard(whole: nn.Module, student: Any, teacher: Any | None) -> None:
+    """Spread `whole`, the module in whose forward both models are called, over all ranks with FSDP2, layer by layer.
+
+    Live parameters of the student become FP32 shards: gathered in the type that the student computes in, their
+    gradients reduced in FP32. The teacher is frozen, and keeps its type: what is trained in one group must have one.
+    """
+    if teacher is not None:
+        teacher.requires_grad_(False)
+    mesh = init_device_mesh(ranks.device().type, (ranks.world_size(),))
+    types = {parameter.dtype for model in (student, teacher) if model is not None for parameter in model.parameters()}
+    if len(types) > 1:
+        raise TrainingError(
+            f"{type(student).__name__}: its parameters have several types ({', '.join(sorted(map(str, types)))}), which sharding would "
+            "compute in one: train it on one rank"
+        )
+    (compute,) = types
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for model in (student, teacher):
+        if model is not None:
+            for layer in layers_of(model):
+                if model is student:
+                    layer.float()  # layer by layer, so that no rank holds a second whole copy
+                fully_shard(layer, mesh=mesh, mp_policy=policy)
+    student.float()
+    fully_shard(whole, mesh=mesh, mp_policy=policy)
+
+
+def _recomputed(forward: Any) -> Any:
+    def run(*arguments: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*arguments, **named)
+        return checkpoint(forward, *arguments, use_reentrant=False, **named)
+
+    return run

@@ -1,0 +1,139 @@
+"""What the tests of several ranks run under torchrun: python -m torch.distributed.run ... tests/rank_worker.py FOLDER CASE...
+
+Rank 0 writes what each case found to FOLDER/<case>.json. The tests run the same cases in a single process to compare with.
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+from training_checks import Recorder, batches_for, inputs_of, settings
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qad import ranks
+from qad.batch import Batch
+from qad.calibrate import calibrate
+from qad.distill import train
+from qad.errors import Interrupted, TrainingError
+from qad.losses import Objective
+from qad.modules import encoding_digest
+from qad.quantize import quantize_model
+from qad.recipe import Recipe
+from qad.resume import Checkpoints
+
+VOCABULARY = 501
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.2,
+}
+"""No number of rows is a multiple of three, and that of the tied head none of two."""
+PLAIN = Recipe(activations=False)
+CASES = {
+    "quantized": {},
+    "all": {"train": "all"},
+    "learned": {"learned_scales": True},
+    "scales": {"train": "scales", "learned_scales": True},
+    "w4a4": {"recipe": Recipe()},
+    "fp8": {"recipe": Recipe(fp8=("*.down_proj",), kv_cache="fp8")},
+    "ce": {"train": "all", "objective": Objective("ce"), "validate_every": 5},
+    "checkpointing": {"activation_checkpointing": True},
+    "bf16": {"dtype": torch.bfloat16, "recipe": Recipe()},
+    "bf16_all": {"dtype": torch.bfloat16, "recipe": Recipe(block_scales="learned"), "train": "all", "learned_scales": True},
+    "stopped": {"train": "all", "n_steps": 10, "stop_after": 4},
+    "resumed": {"train": "all", "n_steps": 10, "resume": True},
+    "nan": {"nan": True},
+    "adafactor": {"optimizer": "adafactor"},
+}
+
+
+def models(dtype, recipe):
+    """Teacher and quantized student, the same in every process; its modules, and batches of three rows."""
+    torch.manual_seed(0)
+    teacher = LlamaForCausalLM(LlamaConfig(**SIZES)).to(torch.bfloat16).to(dtype).eval()
+    student = copy.deepcopy(teacher)
+    batches = batches_for(60, vocabulary=VOCABULARY, length=24, rows=3)
+    amax = calibrate(teacher, recipe, inputs_of(batches[:4])) if recipe.activations or recipe.kv_cache == "fp8" else None
+    return teacher, student, quantize_model(student, recipe, amax), batches
+
+
+def rows_of(batches: list[Batch]) -> list[Batch]:
+    """One batch a row."""
+    return [
+        Batch(b.input_ids[i : i + 1], b.attention_mask[i : i + 1], b.loss_mask[i : i + 1])
+        for b in batches
+        for i in range(len(b.input_ids))
+    ]
+
+
+def run_case(
+    folder,
+    name,
+    *,
+    dtype=torch.float32,
+    recipe=PLAIN,
+    objective=None,
+    n_steps=20,
+    stop_after=None,
+    resume=False,
+    nan=False,
+    split=rows_of,
+    **given,
+):
+    """Train as `name` says: losses, gradient norms, validations, digest of the snapshot, or the error."""
+    teacher, student, modules, batches = models(dtype, recipe)
+    if nan:
+        batches[4].input_ids[1, 3] = 7
+        for batch in (*batches[:4], *batches[5:]):
+            batch.input_ids[batch.input_ids == 7] = 8
+        teacher.set_input_embeddings(torch.nn.Embedding.from_pretrained(teacher.get_input_embeddings().weight.clone()))
+        teacher.get_input_embeddings().weight.data[7] = float("nan")
+    start = encoding_digest(modules)
+    checkpoints = Checkpoints(Path(folder) / "checkpoints", "one identity", 100) if stop_after or resume else None
+    # only the last rank is asked to stop
+    watcher = Recorder(stop_after if ranks.rank() == ranks.world_size() - 1 else None)
+    try:
+        done, masters = train(
+            student,
+            teacher if (objective or Objective("kl")).needs_teacher or "validate_every" in given else None,
+            [split([batch]) for batch in batches[:n_steps]],
+            settings(lr=1e-3, **given),
+            objective=objective or Objective("kl"),
+            held_out=batches[50:53],
+            checkpoints=checkpoints,
+            watcher=watcher,
+        )
+    except (Interrupted, TrainingError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    snapshot = masters.snapshot()
+    return {
+        "losses": [step.loss for step in done.steps],
+        "ce": [step.ce for step in done.steps],
+        "grad_norms": [step.grad_norm for step in done.steps],
+        "validation": [v.validation_kl for v in done.validations],
+        "codes_changed": done.codes_changed,
+        "trainable": done.trainable,
+        "resumed_at": done.resumed_at,
+        "start": start,
+        "shapes": {key: list(value.shape) for key, value in snapshot.items()},
+    }
+
+
+def main() -> None:
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    with ranks.joined():
+        for name in names:
+            found = run_case(folder, name, **CASES[name])
+            (folder / f"{name}.rank{ranks.rank()}.json").write_text(json.dumps(found))
+            ranks.barrier()
+
+
+if __name__ == "__main__":
+    main()
