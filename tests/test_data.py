@@ -5,8 +5,10 @@ import re
 
 import pytest
 
-from harness import data
-from harness.data import Sequence, Turn
+from harness import builtin, data, dialogues
+from harness.batches import training_order
+from harness.data import Sequence
+from harness.dialogues import Turn
 from harness.errors import DataError
 from harness.tasks import mini, sizes
 from harness.tasks.world import facts
@@ -16,7 +18,7 @@ EOS = {1}
 
 @pytest.fixture(scope="module")
 def splits(tiny_tokenizer):
-    return data.builtin_sequences(tiny_tokenizer, seq_len=256, seed=0, eos_ids=EOS)
+    return builtin.builtin_sequences(tiny_tokenizer, seq_len=256, seed=0, eos_ids=EOS)
 
 
 def windows(sequence: Sequence, n: int) -> set[tuple[int, ...]]:
@@ -32,10 +34,19 @@ def test_no_long_run_of_response_tokens_is_in_two_splits(splits):
                     assert seen.setdefault(window, split) == split
 
 
+def test_a_section_of_the_manual_is_in_several_splits_where_it_is_cut_and_in_one_where_it_is_a_row(splits, tiny_tokenizer):
+    """The exception that the documentation names."""
+    text = max(builtin.natural_texts(), key=len)
+    pieces = list(dialogues.cut_text(tiny_tokenizer, text, seq_len=256, shortest=32))
+    where = {piece.token_ids: split for split, sequences in splits.items() for piece in sequences}
+    assert {where[piece.token_ids] for piece in pieces} == {data.split_of(repr(piece.token_ids)) for piece in pieces}
+    assert len({where[piece.token_ids] for piece in pieces} - {data.split_of(text.strip())}) > 1
+
+
 def test_a_generated_question_belongs_to_one_split():
-    turns = data.generated_turns(seed=0)
-    assert len({turn.question for turn in turns}) == len(turns) == data.N_DIALOGUE_TURNS
-    by_split = data._turns_by_split(0)
+    turns = builtin.generated_turns(seed=0)
+    assert len({turn.question for turn in turns}) == len(turns) == builtin.N_DIALOGUE_TURNS
+    by_split = builtin._turns_by_split(0)
     questions = {split: {turn.question for turn in found} for split, found in by_split.items()}
     for split in questions:
         assert questions[split]
@@ -104,7 +115,7 @@ def test_context_answers_stand_in_the_text():
 
 def test_response_masks_cover_the_answers_up_to_the_end_token_and_nothing_else(tiny_tokenizer):
     turns = [Turn("Two?", "2."), Turn("Three?", "It is 3.")]
-    sequence = data.render_dialogue(tiny_tokenizer, turns, EOS)
+    sequence = dialogues.render_dialogue(tiny_tokenizer, turns, EOS)
     kept = [token for token, is_response in zip(sequence.token_ids, sequence.is_response, strict=True) if is_response]
     assert tiny_tokenizer.decode(kept) == "2.<|end|>It is 3.<|end|>"
 
@@ -115,31 +126,27 @@ def test_a_tokenizer_without_a_chat_template_and_one_that_rewrites_history_are_r
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
-        data.render_dialogue(tokenizer, [Turn("a", "b")], EOS)
+        dialogues.render_dialogue(tokenizer, [Turn("a", "b")], EOS)
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(DataError, match="renders the beginning of a dialogue differently"):
-        data.render_dialogue(tokenizer, [Turn("a", "b"), Turn("c", "d")], EOS)
-
-
-def sequences_of(lengths):
-    return [Sequence((i,) * n, (True,) * n) for i, n in enumerate(lengths)]
+        dialogues.render_dialogue(tokenizer, [Turn("a", "b"), Turn("c", "d")], EOS)
 
 
 def test_a_source_too_short_says_how_many_tokens_are_missing():
     with pytest.raises(DataError, match=r"holds 60 tokens; 1 pass over it lack 40 of the 100.*lower training\.tokens"):
-        data.training_order(sequences_of([20] * 3), tokens=100, epochs=1, seed=0)
+        training_order([20] * 3, tokens=100, epochs=1, seed=0)
 
 
 def test_the_order_is_fixed_by_the_seed_and_reads_nothing_twice_within_an_epoch():
-    sequences = sequences_of([10] * 20)
-    order, epochs = data.training_order(sequences, tokens=120, epochs=1, seed=0)
+    lengths = [10] * 20
+    order, epochs = training_order(lengths, tokens=120, epochs=1, seed=0)
     assert (len(order), len(set(order)), epochs) == (12, 12, 1)
-    assert order == data.training_order(sequences, tokens=120, epochs=1, seed=0)[0]
-    assert order != data.training_order(sequences, tokens=120, epochs=1, seed=1)[0]
+    assert order == training_order(lengths, tokens=120, epochs=1, seed=0)[0]
+    assert order != training_order(lengths, tokens=120, epochs=1, seed=1)[0]
 
 
 def test_a_second_pass_is_counted():
-    order, epochs = data.training_order(sequences_of([10] * 20), tokens=250, epochs=2, seed=0)
+    order, epochs = training_order([10] * 20, tokens=250, epochs=2, seed=0)
     assert (len(order), epochs) == (25, 2)
 
 

@@ -1,4 +1,8 @@
-"""The engine in process: a transformers model on the CPU, greedy decoding and likelihoods in padded batches."""
+"""The engine in process: a transformers model on the CPU; greedy decoding, sampling and likelihoods in padded batches.
+
+A sampled token is drawn by inverting the cumulative distribution at one uniform number of the request's own generator: what
+is drawn for a request depends on its seed and its logits, not on the other rows of the batch.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from harness.engines import Answer, Likelihood, Request, Sampling
 from harness.errors import EngineError
@@ -17,6 +21,8 @@ from qad.checkpoint import Loaded
 
 VERSION = 1
 DEFAULT_BATCH_SIZE = 32
+SHORTLIST = 1024
+"""Tokens among which top_p looks first; a row of which they hold too little looks further."""
 
 
 class HfEngine:
@@ -48,8 +54,7 @@ class HfEngine:
         return self._likelihoods(batch) if sampling is None else self._generate(batch, sampling)
 
     def _generate(self, batch: Sequence[Request], sampling: Sampling) -> list[Answer | Likelihood]:
-        if sampling.temperature != 0:
-            raise EngineError(f"the hf engine decodes greedily; found temperature {sampling.temperature}")
+        draws = LogitsProcessorList([SeededDraws(sampling, [r.seed for r in batch])] if sampling.temperature > 0 else [])
         began = time.perf_counter()
         width = max(len(r.token_ids) for r in batch)
         ids = torch.full((len(batch), width), self._pad)
@@ -59,11 +64,12 @@ class HfEngine:
             mask[row, width - len(request.token_ids) :] = 1
         stops = _StopStrings(self.tokenizer, sampling.until, width)
         generated = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
             generation_config=GenerationConfig(
                 do_sample=False, max_new_tokens=sampling.max_tokens, eos_token_id=sorted(self.eos_ids), pad_token_id=self._pad
             ),
+            logits_processor=draws,
             stopping_criteria=StoppingCriteriaList([stops]),
         )
         seconds = (time.perf_counter() - began) / len(batch)
@@ -78,7 +84,9 @@ class HfEngine:
         for row, tokens in enumerate(rows):
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
-        hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden = self.model.base_model(
+            input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device), use_cache=False
+        ).last_hidden_state
         head = self.model.get_output_embeddings()
         found = [
             _score(head(hidden[row, len(r.token_ids) - 1 : len(rows[row]) - 1]), r.continuation or ())
@@ -105,12 +113,53 @@ def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
 
 
 def _score(logits: Tensor, continuation: tuple[int, ...]) -> tuple[float, bool]:
-    targets = torch.tensor(continuation)
+    targets = torch.tensor(continuation, device=logits.device)
     log_probabilities = torch.log_softmax(logits.float(), dim=-1)
     logprob = float(log_probabilities.gather(1, targets[:, None]).sum())
     if not math.isfinite(logprob):
         raise EngineError(f"the likelihood of a continuation is {logprob}; the model's logits overflow")
     return logprob, bool((log_probabilities.argmax(dim=-1) == targets).all())
+
+
+class SeededDraws(LogitsProcessor):
+    """Leaves of each row's logits the one token that is drawn, so that greedy decoding takes it.
+
+    temperature, then top_k (0: all), then top_p, as other engines order them; each row has a generator of its own seed.
+    """
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int | None]) -> None:
+        if any(seed is None for seed in seeds):
+            raise EngineError("a sampled request carries no seed; its answer could not be repeated")
+        self.sampling = sampling
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds if seed is not None]
+
+    def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
+        probabilities = torch.softmax(scores.double().cpu() / self.sampling.temperature, dim=-1)
+        drawn = [self._draw(row, g) for row, g in zip(probabilities, self.generators, strict=True)]
+        chosen = torch.tensor(drawn, device=scores.device)[:, None]
+        return torch.full_like(scores, -math.inf).scatter(1, chosen, 0.0)
+
+    def _draw(self, probabilities: Tensor, generator: torch.Generator) -> int:
+        tokens: Tensor | None = None
+        if self.sampling.top_k or self.sampling.top_p < 1:
+            probabilities, tokens = self._most_likely(probabilities)
+        cumulative = probabilities.cumsum(dim=-1)
+        uniform = torch.rand(1, generator=generator, dtype=torch.float64)
+        point = torch.minimum(uniform * cumulative[-1], torch.nextafter(cumulative[-1], torch.zeros(1, dtype=torch.float64)))
+        place = torch.searchsorted(cumulative, point, right=True)
+        return int(place if tokens is None else tokens[place])
+
+    def _most_likely(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """The probabilities that top_k and top_p leave, from the largest down, and their tokens. No full sort of a vocabulary."""
+        n = self.sampling.top_k or SHORTLIST
+        while True:
+            kept, tokens = probabilities.topk(min(n, len(probabilities)))
+            enough = self.sampling.top_p * (kept.sum() if self.sampling.top_k else 1.0)
+            before = kept.cumsum(dim=-1) - kept
+            if self.sampling.top_k or len(kept) == len(probabilities) or before[-1] >= enough:
+                n_kept = max(1, int((before < enough).sum()))
+                return kept[:n_kept], tokens[:n_kept]
+            n *= 8
 
 
 class _StopStrings(StoppingCriteria):
@@ -121,6 +170,6 @@ class _StopStrings(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         if not self.until:
-            return torch.zeros(len(input_ids), dtype=torch.bool)
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         texts = [decode(self.tokenizer, row) for row in input_ids[:, self.prompt_width :].tolist()]
-        return torch.tensor([any(stop in text for stop in self.until) for text in texts])
+        return torch.tensor([any(stop in text for stop in self.until) for text in texts], device=input_ids.device)

@@ -1,0 +1,91 @@
+"""The work of a data stage: a source's sequences into its token store, with an engine where the model writes them itself."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import loading
+from harness.data import SPLITS
+from harness.engines.serving import Serving
+from harness.generation import Ask, generate
+from harness.journal import Journal
+from harness.models import folder_fingerprint
+from harness.plan import Stage
+from harness.provenance import device_kind
+from harness.schema import Engine
+from harness.schema_data import Builtin, Generated
+from harness.sources import Surroundings, write_source
+from harness.store import Store
+from harness.token_store import StoredSequences, TokenWriter
+from qad.checkpoint import Loaded
+
+
+@dataclass(frozen=True)
+class DataWork:
+    """What the stage is done with: the BF16 model's folder, its tokenizer and a way to load it, and where responses are kept."""
+
+    model: Path
+    tokenizer: Any
+    load: Callable[[], Loaded]
+    parts: list[Path]
+    journals: Path
+    store: Store
+
+
+def make_data(stage: Stage, folder: Path, work: DataWork, advance: Callable[[int, int, str], None]) -> dict[str, Any]:
+    """Write the token store of a stage of kind "data" into `folder`; returns what its record says.
+
+    The builtin source is ordered by the hash of its tokens alone, others by that of their seed and tokens.
+    """
+    source = stage.text
+    assert source is not None
+    salt = "" if isinstance(source.section, Builtin) else f"{source.section.seed} "
+    parts = [{split: StoredSequences(part, split) for split in SPLITS} for part in work.parts]
+
+    def write_generated(section: Generated, asks: Iterator[Ask], writer: TokenWriter) -> dict[str, Any]:
+        with contextlib.closing(Serving(Engine(kind=section.engine, args=section.engine_args))) as serving:
+            serving.require(work.model)
+            engine = serving.engine(stage.inputs["model"].key, work.model, work.load)
+            protocol = {
+                "weights": folder_fingerprint(work.model, work.store),
+                "task": f"data-{section.source}",
+                "kernels": engine.kernels,
+                "device": device_kind(),
+                **stage.sections["generation"],
+                **engine.protocol,
+            }
+            with Journal(work.journals, protocol) as journal:
+                return generate(
+                    source.name,
+                    section,
+                    asks,
+                    writer,
+                    engine=engine,
+                    journal=journal,
+                    on_progress=lambda done, total: advance(done, total, ""),
+                )
+
+    given = Surroundings(work.tokenizer, loading.eos_ids(work.model, work.tokenizer), parts, write_generated)
+    with TokenWriter(folder, salt=salt) as writer:
+        found = write_source(source, writer, given)
+    return {"splits": writer.counts, **found}
+
+
+def what_became(record: dict[str, Any]) -> str | None:
+    """What became of the rows and of the responses that `make_data` read, in a line; None for a source that has neither."""
+    parts = []
+    if rows := record.get("rows"):
+        failed = "; ".join(" ".join(reason.split()) for reason in rows["failures"])
+        counts = _counts({what: n for what, n in rows.items() if what != "failures"})
+        parts.append(f"rows: {counts}" + (f" (the first failed: {failed})" if failed else ""))
+    if responses := record.get("responses"):
+        parts.append(f"responses: {_counts(responses)}")
+    return "; ".join(parts) or None
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{what.replace('_', ' ')} {n:,}" for what, n in counts.items())

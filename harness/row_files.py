@@ -1,0 +1,138 @@
+"""Where the rows of a data section are, what identifies them, and reading them one by one. No torch; `datasets` only to read a hub.
+
+A hub name is looked up in the mirror (HARNESS_MIRROR, `<org>/<name>/`) before the hub, as models are: `revision.txt` declares
+its commit. There the files of a split are the `.jsonl` or `.parquet` files whose names are the split's or begin with it and a
+dash (`train.jsonl`, `train-00000-of-00002.parquet`), in the folder of the subset where there is one, else beside
+`revision.txt` or in `data/`.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.errors import DataError
+from harness.models import mirror_folder
+from harness.schema_data import Hub, Jsonl
+from harness.store import Store
+
+SUFFIXES = (".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class RowFiles:
+    """Files in reading order; none of them for a hub set that is streamed. fingerprint: changes with every byte of the rows."""
+
+    files: tuple[Path, ...]
+    fingerprint: str
+
+
+def find_rows(name: str, section: Hub | Jsonl, store: Store) -> RowFiles:
+    """Find the rows of `[data.<name>]`; DataError if they are nowhere. A file is read only to make its digest, once."""
+    if isinstance(section, Jsonl):
+        return _files(_local(name, section), store)
+    mirror = mirror_folder(section.path)
+    if mirror is not None:
+        return _files(_mirrored(name, section, mirror), store)
+    if section.revision is None:
+        raise DataError(
+            f"data.{name}.revision: missing; {section.path} is not in the mirror (HARNESS_MIRROR), and from the hub it needs the "
+            "commit, 40 hex digits: a branch can move"
+        )
+    return RowFiles((), f"hub:{section.path}@{section.revision}")
+
+
+def read_rows(name: str, section: Hub | Jsonl, found: RowFiles) -> Iterator[dict[str, Any]]:
+    """Rows as dicts, in order, without holding them; DataError for a file or a hub set that cannot be read."""
+    if not found.files:
+        assert isinstance(section, Hub)
+        yield from _streamed(name, section)
+    for path in found.files:
+        yield from _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+
+
+def _files(paths: list[Path], store: Store) -> RowFiles:
+    digests = [store.file_digest(path) for path in paths]
+    return RowFiles(tuple(paths), "files:" + hashlib.sha256(json.dumps(digests).encode()).hexdigest())
+
+
+def _local(name: str, section: Jsonl) -> list[Path]:
+    path = Path(section.path).expanduser()
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+    elif path.is_file():
+        found = [path]
+    else:
+        found = sorted(Path(p) for p in glob.glob(str(path)))
+    wrong = [p for p in found if p.suffix not in SUFFIXES]
+    if wrong:
+        raise DataError(f"data.{name}.path: {wrong[0]} is neither a .jsonl nor a .parquet file; give one of these")
+    if not found:
+        raise DataError(
+            f"data.{name}.path: {path}: there is no such file, or no .jsonl or .parquet file in it; give a file, a folder or a pattern"
+        )
+    return found
+
+
+def _mirrored(name: str, section: Hub, mirror: Path) -> list[Path]:
+    declared = mirror / "revision.txt"
+    revision = declared.read_text().strip() if declared.is_file() else None
+    if revision and section.revision and revision != section.revision:
+        raise DataError(
+            f"data.{name}.revision: the mirror holds {section.path} at {revision}, the suite asks for {section.revision}"
+        )
+    inner = mirror / section.subset if section.subset else mirror
+    folders = [inner] if section.subset and inner.is_dir() else [mirror, mirror / "data"]
+    known = sorted(p for folder in folders if folder.is_dir() for p in folder.iterdir() if p.suffix in SUFFIXES)
+    found = [p for p in known if p.stem == section.split or p.stem.startswith(f"{section.split}-")]
+    if not found:
+        listed = ", ".join(p.name for p in known) or "no .jsonl or .parquet file"
+        raise DataError(
+            f"data.{name}.split: the mirror has no files of the split {section.split!r} in {folders[0]}; it has: {listed}"
+        )
+    return found
+
+
+def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)  # bytes: what is not UTF-8 is a ValueError too
+            except ValueError as error:
+                raise DataError(f"{path}: line {number} is not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}: line {number} is a {type(row).__name__}; every line is an object with fields")
+            yield row
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _streamed(name: str, section: Hub) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    try:
+        yield from datasets.load_dataset(
+            section.path, section.subset, split=section.split, revision=section.revision, streaming=True
+        )
+    except (OSError, ValueError) as error:  # what datasets raises without a network, and for unknown names and subsets
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"data.{name}: {section.path} at {section.revision} cannot be had from the hub ({reason}); check path, subset, split "
+            "and revision, log in for a gated set, or put it under HARNESS_MIRROR"
+        ) from error

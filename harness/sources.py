@@ -1,0 +1,168 @@
+"""From a `[data.<name>]` section to the token batches of its stage: what identifies a source, and what makes its sequences.
+
+Finding a source reads no rows and imports neither torch nor datasets, so that planning stays fast.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from harness import builtin
+from harness.data import SPLITS, Sequence, split_of
+from harness.generation import Ask, bos_asks, row_asks, turn_ask
+from harness.numerics import versions
+from harness.provenance import package_versions
+from harness.row_files import RowFiles, find_rows, read_rows
+from harness.rows import FilteredRows, write_rows
+from harness.schema_data import Bos, Builtin, Data, Generated, Hub, Jsonl, Mix, RandomTokens, Rows, Teacher
+from harness.store import Store
+
+if TYPE_CHECKING:
+    from harness.token_store import StoredSequences, TokenWriter
+
+_WHERE_FROM = {"path", "revision"}
+"""Keys that say where rows are: their fingerprint stands in a key instead."""
+_ABOUT_PROMPTS = {"source", "messages", "prompt", "response", "chat", "where", "max_rows", "max_failed", "subset", "split"}
+"""Keys of a section of rows that decide which prompts it has."""
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A data section, the files of its rows, and the source of its prompts. seq_len: no sequence of it is longer."""
+
+    name: str
+    section: Data
+    seq_len: int
+    files: RowFiles | None = None
+    prompts: TextSource | None = None
+
+
+def find_source(name: str, sections: Mapping[str, Data], store: Store) -> TextSource:
+    """The section `name` with what it reads; DataError if that is nowhere."""
+    section = sections[name]
+    files = find_rows(name, section, store) if isinstance(section, Hub | Jsonl) else None
+    prompts = find_source(section.prompts, sections, store) if isinstance(section, Teacher) else None
+    return TextSource(name, section, _seq_len(name, sections), files, prompts)
+
+
+def _seq_len(name: str, sections: Mapping[str, Data]) -> int:
+    section = sections[name]
+    return max(_seq_len(part.data, sections) for part in section.parts) if isinstance(section, Mix) else section.seq_len
+
+
+def identity(source: TextSource) -> dict[str, Any]:
+    """The sections of a data stage: everything that decides its sequences, beside the model with its tokenizer."""
+    section = source.section
+    if isinstance(section, Mix):
+        weights = [part.weight for part in section.parts]
+        return {"data": {"source": "mix", "seed": section.seed, "seq_len": source.seq_len, "weights": weights}}
+    about: dict[str, Any] = {"data": section.model_dump(mode="json", exclude=_WHERE_FROM | {"prompts"})}
+    if isinstance(section, Builtin):
+        about["text"] = builtin.builtin_fingerprint()
+    if source.files is not None:
+        about["rows"] = source.files.fingerprint
+    if isinstance(section, Generated):
+        about["engine"] = {"kind": section.engine, "args": section.engine_args}
+        about["generation"] = {"numerics": versions()["generate"], "packages": package_versions(("torch",))}
+    if source.prompts is not None:
+        about["prompts"] = _identity_of_prompts(source.prompts)
+    return about
+
+
+def _identity_of_prompts(source: TextSource) -> dict[str, Any]:
+    if isinstance(source.section, Builtin):
+        return {"source": "builtin", "seed": source.section.seed}
+    assert source.files is not None
+    return {**source.section.model_dump(mode="json", include=_ABOUT_PROMPTS), "rows": source.files.fingerprint}
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a source may need to make its sequences.
+
+    parts: for a mix, the stored splits of its parts, in their order.
+    generate: for text that the model writes, `(section, asks, writer)` to what the record says of it.
+    """
+
+    tokenizer: Any
+    eos_ids: set[int]
+    parts: list[dict[str, StoredSequences]]
+    generate: Callable[[Generated, Iterator[Ask], TokenWriter], dict[str, Any]]
+
+
+def write_source(source: TextSource, writer: TokenWriter, given: Surroundings) -> dict[str, Any]:
+    """Append the sequences of a source to `writer`; returns what the record of the stage says beside their counts.
+
+    Raises:
+        DataError: rows, a filter or a template that give no text, or too little of it.
+    """
+    section = source.section
+    if isinstance(section, Builtin):
+        splits = builtin.builtin_sequences(given.tokenizer, seq_len=section.seq_len, seed=section.seed, eos_ids=given.eos_ids)
+        for split, sequences in splits.items():
+            for sequence in sequences:
+                writer.append(split, sequence)
+        return {}
+    if isinstance(section, Mix):
+        return _write_mix(source.name, section, writer, given.parts)
+    if isinstance(section, RandomTokens):
+        return _write_random_tokens(section, writer, given.tokenizer)
+    if isinstance(section, Rows):
+        rows = _rows_of(source)
+        write_rows(rows, writer, tokenizer=given.tokenizer, eos_ids=given.eos_ids)
+        return {"rows": asdict(rows.counts)}
+    if isinstance(section, Bos):
+        return given.generate(section, bos_asks(source.name, given.tokenizer), writer)
+    assert source.prompts is not None
+    return _write_teacher(source, source.prompts, section, writer, given)
+
+
+def _rows_of(source: TextSource) -> FilteredRows:
+    assert isinstance(source.section, Hub | Jsonl) and source.files is not None
+    return FilteredRows(source.name, source.section, read_rows(source.name, source.section, source.files))
+
+
+def _write_teacher(
+    source: TextSource, prompts: TextSource, section: Teacher, writer: TokenWriter, given: Surroundings
+) -> dict[str, Any]:
+    if isinstance(prompts.section, Builtin):
+        turns = enumerate(builtin.generated_turns(prompts.section.seed), start=1)
+        asks = (turn_ask(number, turn, given.tokenizer) for number, turn in turns)
+        return given.generate(section, asks, writer)
+    rows = _rows_of(prompts)
+    found = given.generate(section, row_asks(rows, given.tokenizer), writer)
+    rows.finish()
+    return found | {"rows": asdict(rows.counts)}
+
+
+def _write_mix(name: str, section: Mix, writer: TokenWriter, parts: list[dict[str, StoredSequences]]) -> dict[str, Any]:
+    """Each step takes the next sequence of the part that is furthest behind its weight; it ends where that part has none left."""
+    record: dict[str, Any] = {"tokens_of_parts": {}, "tokens_left": {}}
+    for split in SPLITS:
+        lengths = [part[split].lengths for part in parts]
+        taken, read = [0] * len(parts), [0] * len(parts)
+        while True:
+            behind = min(range(len(parts)), key=lambda i: taken[i] / section.parts[i].weight)
+            if read[behind] == len(lengths[behind]):
+                break
+            writer.append(split, parts[behind][split][read[behind]])
+            taken[behind] += int(lengths[behind][read[behind]])
+            read[behind] += 1
+        record["tokens_of_parts"][split] = taken
+        record["tokens_left"][split] = [int(each.sum()) - n for each, n in zip(lengths, taken, strict=True)]
+        if split == "train":
+            used_up = section.parts[behind].data
+    return record | {"used_up_first": used_up}
+
+
+def _write_random_tokens(section: RandomTokens, writer: TokenWriter, tokenizer: Any) -> dict[str, Any]:
+    special = set(tokenizer.all_special_ids) | {int(i) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    vocabulary = sorted(set(tokenizer.get_vocab().values()) - special)
+    rng = random.Random(f"random tokens {section.seed}")
+    for start in range(0, section.tokens, section.seq_len):
+        token_ids = tuple(rng.choices(vocabulary, k=min(section.seq_len, section.tokens - start)))
+        writer.append(split_of(repr(token_ids)), Sequence(token_ids, (True,) * len(token_ids)))
+    return {"vocabulary": len(vocabulary)}
