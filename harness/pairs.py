@@ -6,6 +6,7 @@ number is such a draw. The spread over several is what a difference between scal
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
@@ -136,9 +137,16 @@ def _difference(
             "baseline": baseline["name"],
             "difference": value,
             "stderr": stderr,
+            "stderr_over_seeds": _stderr_over_seeds(candidate, baseline),
             "n_sequences": len(pairs),
         }
     ]
+
+
+def _stderr_over_seeds(candidate: dict[str, Any], baseline: dict[str, Any]) -> float | None:
+    """The standard error of the difference by the spread over seeds of either side; None where neither has several."""
+    sides = [side for side in (candidate.get("kl_by_seed", ()), baseline.get("kl_by_seed", ())) if len(side) > 1]
+    return math.sqrt(sum(statistics.variance(side) / len(side) for side in sides)) if sides else None
 
 
 def _by_variant(sequences: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""What a person sees while they wait: a bar with an estimate on a terminal, a line now and then elsewhere."""
+"""What a person sees while they wait: a live view with an estimate on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from harness.sight import TrainingView
+from harness.trackers import OpenTracker
 
 SECONDS_BETWEEN_LINES = 15.0
 
 
 class Reporter:
-    """Writes to a rich console; `console.is_terminal` decides how."""
+    """Writes to a rich console; `console.is_terminal` decides how. Figures of trainings go to a tracker too, if one is given."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, open_tracker: OpenTracker | None = None) -> None:
         self.console = console
+        self._open_tracker = open_tracker
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -36,6 +41,25 @@ class Reporter:
         else:
             yield self._lines(label, began)
         self.say(f"  {label}: {time.monotonic() - began:.1f} s")
+
+    @contextmanager
+    def training(self, label: str, total: int) -> Iterator[TrainingView]:
+        """Yields the view of a training of `total` steps; its last figures and the time it took are printed at the end.
+
+        Raises TrackerError if a tracker was asked for and does not start.
+        """
+        tracker = self._open_tracker(label) if self._open_tracker else None
+        view = TrainingView(label, total, tracker, say=self.say, seconds_between_lines=SECONDS_BETWEEN_LINES)
+        try:
+            if self.console.is_terminal:
+                view.is_live = True
+                with Live(view, console=self.console, refresh_per_second=4, transient=True):
+                    yield view
+            else:
+                yield view
+        finally:
+            view.close()
+        self.say(view.last_line())
 
     def _bar(self) -> Progress:
         columns = (TextColumn("  {task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())

@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.errors import StoreError
-from harness.pairs import paired_kl, scale_notes, scale_rules
-from harness.records import SCHEMA, read_json, read_lines
+from harness.pairs import paired_kl, scale_rules
+from harness.records import SCHEMA, read_json, read_lines, read_samples
+from harness.seeds import merge_seeds, seed_groups
+from harness.table_notes import mean_kl, native_fp4, table_notes
 
 MISSING = "–"
-SMALL_MODEL_WEIGHTS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -50,36 +51,43 @@ def _build_table(run: Path) -> dict[str, Any]:
     rows = [
         {
             "variant": variant["name"],
+            "group": variant.get("group", variant["name"]),
+            "seed": variant.get("seed"),
             "method": variant["method"],
-            "tasks": _tasks_of(variant["name"], tasks),
+            "tasks": _tasks_of(variant, tasks),
+            "selection": variant.get("selection"),
             "diagnostics": measured.get(variant["name"]),
             "checkpoint_bytes": variant.get("checkpoint_bytes"),
             "n_weights": variant.get("n_weights"),
             "bits_per_weight": variant.get("bits_per_weight"),
             "budget": variant.get("budget"),
+            "budget_asked": {key: (variant.get("training") or {}).get(key) for key in ("tokens", "batch_size")},
             "codes_changed": variant.get("codes_changed"),
         }
         for variant in about["variants"]
     ]
-    return {
+    groups = seed_groups(rows, sequences, lambda variant, task: read_samples(run / "samples" / f"{variant}.{task}.jsonl.zst"))
+    variants, sequences = merge_seeds(about["variants"], sequences, groups)
+    table = {
         "schema": SCHEMA,
         "suite": about["suite"],
         "run": about["run"],
         "status": about["status"],
         "model": about["model"],
         "rows": rows,
+        "seed_groups": groups,
         "native_fp4": native_fp4(rows),
-        "paired_kl": paired_kl(sequences, about["variants"]),
-        "scale_rules": scale_rules(sequences, about["variants"], _mean_kl(rows)),
+        "paired_kl": paired_kl(sequences, variants),
     }
+    return table | {"scale_rules": scale_rules(sequences, variants, mean_kl(table))}
 
 
 def build_grid(table: dict[str, Any]) -> Grid:
     """The table as text cells: scores in percent with their standard errors, KL and CE in nats a token."""
     names = list(dict.fromkeys(name for row in table["rows"] for name in row["tasks"]))
     columns = ("variant", *names, "KL", "CE", "ppl", "top-1", "MB", "bits/w", "trained")
-    rows = tuple(_cells(row, names) for row in table["rows"])
-    return Grid(f"{table['suite']} {table['run']}", columns, rows, tuple(_notes(table, names)))
+    rows = tuple(_group_cells(row, names) if is_group else _cells(row, names) for row, is_group in _in_order(table))
+    return Grid(f"{table['suite']} {table['run']}", columns, rows, tuple(table_notes(table, names)))
 
 
 def render(table: dict[str, Any], style: str) -> str:
@@ -115,24 +123,32 @@ def _part(grid: Grid, start: int, end: int) -> Table:
     return table
 
 
-def _mean_kl(rows: list[dict[str, Any]]) -> dict[str, float]:
-    return {row["variant"]: row["diagnostics"]["response"]["kl"] for row in rows if row["diagnostics"]}
+def _in_order(table: dict[str, Any]) -> list[tuple[dict[str, Any], bool]]:
+    """Rows of variants and, after the last seed of each, of groups of seeds (True)."""
+    last = {group["variants"][-1]: group for group in table["seed_groups"]}
+    found: list[tuple[dict[str, Any], bool]] = []
+    for row in table["rows"]:
+        found.append((row, False))
+        if row["variant"] in last:
+            found.append((last[row["variant"]], True))
+    return found
 
 
-def _tasks_of(variant: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _tasks_of(variant: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    selection = variant.get("selection") or {}
+    judges = selection.get("tasks", ()) if selection.get("select") == "best_of_k" else ()
     found: dict[str, Any] = {}
     for row in rows:
-        if row["variant"] != variant:
+        if row["variant"] != variant["name"]:
             continue
         shared = {key: row[key] for key in ("primary", "incomplete_rate", "kernels", "is_partial", "version")}
-        task = found.setdefault(row["task"], {**shared, "metrics": {}})
+        task = found.setdefault(row["task"], {**shared, "chose_checkpoint": row["task"] in judges, "metrics": {}})
         task["metrics"][row["metric"]] = {key: row[key] for key in ("value", "stderr", "n_scored", "n_total")}
     return found
 
 
 def _cells(row: dict[str, Any], names: list[str]) -> tuple[str, ...]:
     diagnostics = row["diagnostics"]["response"] if row["diagnostics"] else {}
-    budget = row["budget"]
     return (
         row["variant"],
         *(_score(row["tasks"].get(name)) for name in names),
@@ -140,19 +156,50 @@ def _cells(row: dict[str, Any], names: list[str]) -> tuple[str, ...]:
         _number(diagnostics.get("ce"), 3),
         _number(diagnostics.get("ppl"), 2),
         _number(diagnostics.get("top1"), 3),
-        _number(None if row["checkpoint_bytes"] is None else row["checkpoint_bytes"] / 1e6, 1),
-        _number(row["bits_per_weight"], 2),
-        MISSING if budget is None else f"{budget['tokens']:,}",
+        *_sizes(row, None if row["budget"] is None else row["budget"]["tokens"]),
     )
+
+
+def _group_cells(group: dict[str, Any], names: list[str]) -> tuple[str, ...]:
+    """As `_cells`, each figure as mean ± error (seeds spread)."""
+    n = len(group["variants"])
+    diagnostics = group["diagnostics"]["response"] if group["diagnostics"] else {}
+    scores = []
+    for name in names:
+        task = group["tasks"].get(name)
+        cell = _over_seeds(task["metrics"][task["primary"]], n, 1, scale=100) if task else MISSING
+        scores.append(cell + (_marks(task) if task else ""))
+    figures = [
+        _over_seeds(diagnostics.get(figure), n, digits) for figure, digits in (("kl", 3), ("ce", 3), ("ppl", 2), ("top1", 3))
+    ]
+    return (group["label"], *scores, *figures, *_sizes(group, group["tokens_trained"]))
+
+
+def _sizes(row: dict[str, Any], tokens: int | None) -> tuple[str, str, str]:
+    megabytes = None if row["checkpoint_bytes"] is None else row["checkpoint_bytes"] / 1e6
+    return _number(megabytes, 1), _number(row["bits_per_weight"], 2), MISSING if tokens is None else f"{tokens:,}"
 
 
 def _score(task: dict[str, Any] | None) -> str:
     if task is None:
         return MISSING
     metric = task["metrics"][task["primary"]]
-    mark = "*" if task["is_partial"] else ""
     value, stderr = (None if metric[part] is None else 100 * metric[part] for part in ("value", "stderr"))
-    return _with_error(value, stderr, 1) + mark
+    return _with_error(value, stderr, 1) + _marks(task)
+
+
+def _marks(task: dict[str, Any]) -> str:
+    return ("*" if task["is_partial"] else "") + ("†" if task["chose_checkpoint"] else "")
+
+
+def _over_seeds(figure: dict[str, Any] | None, n: int, digits: int, *, scale: int = 1) -> str:
+    if figure is None or figure["mean"] is None:
+        return MISSING
+    error = next(value for key, value in figure.items() if key.startswith("stderr_over_"))
+    stderr = None if error is None else scale * error
+    spread = None if figure["sd_over_seeds"] is None else scale * figure["sd_over_seeds"]
+    seeds = "seeds" if figure["n"] == n else f"{figure['n']} of {n} seeds"
+    return f"{_with_error(scale * figure['mean'], stderr, digits)} ({seeds} {_number(spread, digits)})"
 
 
 def _with_error(value: float | None, stderr: float | None, digits: int) -> str:
@@ -165,135 +212,48 @@ def _number(value: float | None, digits: int) -> str:
     return MISSING if value is None else f"{value:.{digits}f}"
 
 
-def _notes(table: dict[str, Any], names: list[str]) -> list[str]:
-    rows = table["rows"]
-    notes = [f"{note}." for note in table["model"]["notes"]]
-    n_weights = max((row["n_weights"] for row in rows if row["n_weights"]), default=None)
-    if n_weights and n_weights < SMALL_MODEL_WEIGHTS:
-        notes.append(
-            f"{n_weights / 1e6:,.1f} million weights: quantization damages so small a model far more than one of a real size."
-        )
-    if table["status"] != "complete":
-        notes.append(f"This run is {table['status']}: rows without figures are still to come.")
-    counts = {
-        name: {row["tasks"][name]["metrics"][row["tasks"][name]["primary"]]["n_scored"] for row in rows if name in row["tasks"]}
-        for name in names
-    }
-    if names:
-        sizes = ", ".join(f"{name} {'/'.join(map(str, sorted(n)))}" for name, n in counts.items())
-        notes.append(f"Scores: percent ± standard error over questions, related ones as clusters; questions scored: {sizes}.")
-    if any(row["tasks"][name]["is_partial"] for row in rows for name in row["tasks"]):
-        notes.append("* partial: the suite limits this task to its first questions.")
-    measured = [row for row in rows if row["diagnostics"]]
-    if measured:
-        n = measured[0]["diagnostics"]["response"]
-        notes.append(
-            f"KL(BF16 ‖ variant) and CE: nats a token over {n['n_tokens']:,} response tokens of {n['n_sequences']} held-out "
-            "sequences; error of KL over sequences. All tokens: table.json."
-        )
-    for pair in table["paired_kl"]:
-        in_errors = f", {abs(pair['difference']) / pair['stderr']:.1f} standard errors" if pair["stderr"] else ""
-        notes.append(
-            f"KL {pair['candidate']} − {pair['baseline']}: {pair['difference']:+.3f} {_pm(pair['stderr'])}(paired over "
-            f"{pair['n_sequences']} sequences{in_errors})."
-        )
-    notes += scale_notes(table["scale_rules"], _mean_kl(rows))
-    notes += _kernel_notes(rows) + _incomplete_notes(rows) + _training_notes(rows)
-    return notes
-
-
-def _kernel_notes(rows: list[dict[str, Any]]) -> list[str]:
-    linear = _by_kernel(rows, "linear")
-    if not linear:
-        return []
-    native = native_fp4(rows)
-    others = [(what, _by_kernel(rows, part)) for what, part in (("FP8 layers", "linear_fp8"), ("KV cache", "kv_cache"))]
-    return [
-        " ".join(
-            [
-                f"Kernels of linear layers: {linear}.",
-                *(f"{what}: {found}." for what, found in others if found),
-                *(["Native FP4: not measured."] if native == "not measured" else []),
-            ]
-        )
-    ]
-
-
-def native_fp4(rows: list[dict[str, Any]]) -> str:
-    """Whether any figure was computed by FP4 units: "measured" or "not measured"."""
-    parts = [part for row in rows for part in (*row["tasks"].values(), row["diagnostics"]) if part]
-    return "measured" if any("native" in part["kernels"]["linear"].split("+") for part in parts) else "not measured"
-
-
-def _by_kernel(rows: list[dict[str, Any]], part: str) -> str:
-    """Variants by the kernel of one class of module; a BF16 cache is what everyone has and is not listed."""
-    by_kernel: dict[str, list[str]] = {}
-    for row in rows:
-        measured = [found["kernels"].get(part) for found in (*row["tasks"].values(), row["diagnostics"]) if found]
-        for kernel in dict.fromkeys(measured):
-            if kernel is not None and not (part == "kv_cache" and kernel == "bf16"):
-                by_kernel.setdefault(kernel, []).append(row["variant"])
-    return "; ".join(f"{', '.join(names)}: {kernel}" for kernel, names in by_kernel.items())
-
-
-def _incomplete_notes(rows: list[dict[str, Any]]) -> list[str]:
-    found = []
-    for row in rows:
-        for name, task in row["tasks"].items():
-            if task["incomplete_rate"]:
-                found.append(f"{row['variant']} {name} {100 * task['incomplete_rate']:.1f} %")
-        diagnostics = row["diagnostics"] or {}
-        if diagnostics.get("saturated_share"):
-            overshoot = diagnostics.get("overshoot")  # runs from before it was counted have none
-            factor = "" if overshoot is None else f", by up to {overshoot:.3g} times"
-            found.append(
-                f"{row['variant']}: {100 * diagnostics['saturated_share']:.3g} % of activation blocks saturate{factor}"
-            )
-    return [f"Incomplete answers (scored 0) and saturation: {'; '.join(found)}."] if found else []
-
-
-def _training_notes(rows: list[dict[str, Any]]) -> list[str]:
-    notes = []
-    budgets = {(r["budget"]["tokens"], r["budget"]["steps"]) for r in rows if r["budget"]}
-    for row in rows:
-        budget = row["budget"]
-        if budget:
-            again = f", data read {budget['epochs_read']} times" if budget["epochs_read"] > 1 else ""
-            notes.append(
-                f"{row['variant']}: {budget['steps']} steps, {budget['loss_tokens']:,} tokens in the loss, lr {budget['lr']:g}{again}; "
-                f"{100 * row['codes_changed']:.1f} % of the FP4 codes differ from PTQ."
-            )
-    if len(budgets) > 1:
-        notes.append("Budgets differ between trained variants: they are not compared at equal cost.")
-    return notes
-
-
-def _pm(stderr: float | None) -> str:
-    return "" if stderr is None else f"± {stderr:.3f} "
-
-
 def _csv(table: dict[str, Any]) -> str:
-    """One line a variant, plain numbers in full precision; empty where there is no figure."""
+    """One line a variant and a group of seeds, plain numbers in full precision; empty where there is no figure."""
     names = list(dict.fromkeys(name for row in table["rows"] for name in row["tasks"]))
+    parts = ("value", "stderr", "n_scored", "n_total", "incomplete_rate", "chose_checkpoint", "sd_over_seeds")
     diagnostic_columns = ("kl", "kl_stderr", "kl_p50", "kl_p99", "ce", "ppl", "top1", "n_tokens", "n_sequences")
-    columns = ["variant", "method"]
-    for name in names:
-        columns += [f"{name}.{part}" for part in ("value", "stderr", "n_scored", "n_total", "incomplete_rate")]
-    columns += [*diagnostic_columns, "checkpoint_bytes", "bits_per_weight", "tokens_trained"]
+    spreads = ("kl_sd_over_seeds", "ce_sd_over_seeds", "ppl_sd_over_seeds", "top1_sd_over_seeds")
+    columns = ["variant", "method", *(f"{name}.{part}" for name in names for part in parts), *diagnostic_columns]
+    columns += ["checkpoint_bytes", "bits_per_weight", "tokens_trained", "group", "seed", "n_seeds", *spreads]
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    for row in table["rows"]:
-        cells: list[Any] = [row["variant"], row["method"]]
-        for name in names:
-            task = row["tasks"].get(name)
-            metric = task["metrics"][task["primary"]] if task else {}
-            cells += [metric.get(part) for part in ("value", "stderr", "n_scored", "n_total")] + [
-                task["incomplete_rate"] if task else None
-            ]
-        response = row["diagnostics"]["response"] if row["diagnostics"] else {}
-        budget = row["budget"] or {}
-        cells += [response.get(column) for column in diagnostic_columns]
-        cells += [row["checkpoint_bytes"], row["bits_per_weight"], budget.get("tokens")]
-        writer.writerow(["" if cell is None else cell for cell in cells])
+    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row, is_group in _in_order(table):
+        cells = _csv_group(row) if is_group else _csv_row(row, diagnostic_columns)
+        writer.writerow({key: "" if value is None else value for key, value in cells.items()})
     return buffer.getvalue()
+
+
+def _csv_row(row: dict[str, Any], diagnostic_columns: tuple[str, ...]) -> dict[str, Any]:
+    cells = {key: row[key] for key in ("variant", "method", "checkpoint_bytes", "bits_per_weight", "seed")}
+    cells["group"] = row["group"] if row["group"] != row["variant"] else None
+    cells["tokens_trained"] = (row["budget"] or {}).get("tokens")
+    for name, task in row["tasks"].items():
+        metric = task["metrics"][task["primary"]]
+        cells |= {f"{name}.{part}": metric[part] for part in ("value", "stderr", "n_scored", "n_total")}
+        cells |= {f"{name}.incomplete_rate": task["incomplete_rate"], f"{name}.chose_checkpoint": _claim(task)}
+    response = row["diagnostics"]["response"] if row["diagnostics"] else {}
+    return cells | {column: response.get(column) for column in diagnostic_columns}
+
+
+def _csv_group(group: dict[str, Any]) -> dict[str, Any]:
+    cells = {key: group[key] for key in ("method", "group", "checkpoint_bytes", "bits_per_weight", "tokens_trained")}
+    cells |= {"variant": group["label"], "n_seeds": len(group["variants"])}
+    for name, task in group["tasks"].items():
+        metric = task["metrics"][task["primary"]]
+        cells |= {f"{name}.value": metric["mean"], f"{name}.stderr": metric["stderr_over_questions"]}
+        cells |= {f"{name}.sd_over_seeds": metric["sd_over_seeds"], f"{name}.chose_checkpoint": _claim(task)}
+    for figure, found in (group["diagnostics"]["response"] if group["diagnostics"] else {}).items():
+        cells |= {figure: found["mean"], f"{figure}_sd_over_seeds": found["sd_over_seeds"]}
+        if figure == "kl":
+            cells["kl_stderr"] = found["stderr_over_sequences"]
+    return cells
+
+
+def _claim(task: dict[str, Any]) -> str | None:
+    return "true" if task["chose_checkpoint"] else None

@@ -1,0 +1,175 @@
+"""What stands below a table: sizes, errors, kernels, budgets, differences, what to be careful with. No torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from harness.pairs import scale_notes
+
+SMALL_MODEL_WEIGHTS = 1_000_000_000
+
+
+def table_notes(table: dict[str, Any], names: list[str]) -> list[str]:
+    """Sentences for the table as data; `names` are its tasks."""
+    rows = table["rows"]
+    notes = [f"{note}." for note in table["model"]["notes"]]
+    n_weights = max((row["n_weights"] for row in rows if row["n_weights"]), default=None)
+    if n_weights and n_weights < SMALL_MODEL_WEIGHTS:
+        notes.append(
+            f"{n_weights / 1e6:,.1f} million weights: quantization damages so small a model far more than one of a real size."
+        )
+    if table["status"] != "complete":
+        notes.append(f"This run is {table['status']}: rows without figures are still to come.")
+    counts = {
+        name: {row["tasks"][name]["metrics"][row["tasks"][name]["primary"]]["n_scored"] for row in rows if name in row["tasks"]}
+        for name in names
+    }
+    if names:
+        sizes = ", ".join(f"{name} {'/'.join(map(str, sorted(n)))}" for name, n in counts.items())
+        notes.append(f"Scores: percent ± standard error over questions, related ones as clusters; questions scored: {sizes}.")
+    if any(row["tasks"][name]["is_partial"] for row in rows for name in row["tasks"]):
+        notes.append("* partial: the suite limits this task to its first questions.")
+    measured = [row for row in rows if row["diagnostics"]]
+    if measured:
+        n = measured[0]["diagnostics"]["response"]
+        notes.append(
+            f"KL(BF16 ‖ variant) and CE: nats a token over {n['n_tokens']:,} response tokens of {n['n_sequences']} held-out "
+            "sequences; error of KL over sequences. All tokens: table.json."
+        )
+    for pair in table["paired_kl"]:
+        in_errors = f", {abs(pair['difference']) / pair['stderr']:.1f} standard errors" if pair["stderr"] else ""
+        over_seeds = pair["stderr_over_seeds"]
+        in_errors += "" if over_seeds is None else f"; ± {over_seeds:.3f} over seeds"
+        notes.append(
+            f"KL {pair['candidate']} − {pair['baseline']}: {pair['difference']:+.3f} {_pm(pair['stderr'])}(paired over "
+            f"{pair['n_sequences']} sequences{in_errors})."
+        )
+    notes += scale_notes(table["scale_rules"], mean_kl(table))
+    notes += _seed_notes(table["seed_groups"]) + _selection_notes(rows)
+    notes += _kernel_notes(rows) + _incomplete_notes(rows) + _training_notes(rows)
+    return notes
+
+
+def mean_kl(table: dict[str, Any]) -> dict[str, float]:
+    """Mean KL over response tokens, by variant and by group of seeds, of those that were measured."""
+    found = {row["variant"]: row["diagnostics"]["response"]["kl"] for row in table["rows"] if row["diagnostics"]}
+    groups = {g["label"]: g["diagnostics"]["response"]["kl"]["mean"] for g in table["seed_groups"] if g["diagnostics"]}
+    return found | groups
+
+
+def _seed_notes(groups: list[dict[str, Any]]) -> list[str]:
+    if not groups:
+        return []
+    seeds = "; ".join(f"{group['group']} {', '.join(map(str, group['seeds']))}" for group in groups)
+    notes = [
+        f"Seeds: {seeds}. The row of all seeds: mean over seeds ± its standard error over questions or sequences (seeds: standard deviation "
+        "over seeds, which that error does not hold)."
+    ]
+    fallback = sorted(
+        {f"{g['group']} {name}" for g in groups for name, task in g["tasks"].items() if task["error_is_mean_of_seeds"]}
+    )
+    if fallback:
+        notes.append(
+            f"{', '.join(fallback)}: the samples of all seeds on the same questions are not there; the error of the mean is the mean of the "
+            "seeds' errors, an upper bound."
+        )
+    return notes
+
+
+def _selection_notes(rows: list[dict[str, Any]]) -> list[str]:
+    notes = []
+    by_tasks: dict[str, list[str]] = {}
+    for row in rows:
+        selection = row["selection"] or {}
+        chosen = [name for name, task in row["tasks"].items() if task["chose_checkpoint"]]
+        if chosen:
+            by_tasks.setdefault(", ".join(chosen), []).append(row["variant"])
+        if selection.get("select") == "best_val":
+            at = f" at step {selection['step']:,} of {selection['steps']:,}" if "step" in selection else ""
+            notes.append(f"{row['variant']}: the checkpoint with the lowest validation loss{at}.")
+    notes += [
+        f"† {tasks}: chose the checkpoint of {', '.join(variants)} among several, so these scores are optimistic and no evidence in a gate."
+        for tasks, variants in by_tasks.items()
+    ]
+    return notes
+
+
+def _kernel_notes(rows: list[dict[str, Any]]) -> list[str]:
+    linear = _by_kernel(rows, "linear")
+    if not linear:
+        return []
+    native = native_fp4(rows)
+    others = [(what, _by_kernel(rows, part)) for what, part in (("FP8 layers", "linear_fp8"), ("KV cache", "kv_cache"))]
+    return [
+        " ".join(
+            [
+                f"Kernels of linear layers: {linear}.",
+                *(f"{what}: {found}." for what, found in others if found),
+                *(["Native FP4: not measured."] if native == "not measured" else []),
+            ]
+        )
+    ]
+
+
+def native_fp4(rows: list[dict[str, Any]]) -> str:
+    """Whether any figure was computed by FP4 units: "measured" or "not measured"."""
+    parts = [part for row in rows for part in (*row["tasks"].values(), row["diagnostics"]) if part]
+    return "measured" if any("native" in part["kernels"]["linear"].split("+") for part in parts) else "not measured"
+
+
+def _by_kernel(rows: list[dict[str, Any]], part: str) -> str:
+    """Variants by the kernel of one class of module; a BF16 cache is what everyone has and is not listed."""
+    by_kernel: dict[str, list[str]] = {}
+    for row in rows:
+        measured = [found["kernels"].get(part) for found in (*row["tasks"].values(), row["diagnostics"]) if found]
+        for kernel in dict.fromkeys(measured):
+            if kernel is not None and not (part == "kv_cache" and kernel == "bf16"):
+                by_kernel.setdefault(kernel, []).append(row["variant"])
+    return "; ".join(f"{', '.join(names)}: {kernel}" for kernel, names in by_kernel.items())
+
+
+def _incomplete_notes(rows: list[dict[str, Any]]) -> list[str]:
+    found = []
+    for row in rows:
+        for name, task in row["tasks"].items():
+            if task["incomplete_rate"]:
+                found.append(f"{row['variant']} {name} {100 * task['incomplete_rate']:.1f} %")
+        diagnostics = row["diagnostics"] or {}
+        if diagnostics.get("saturated_share"):
+            overshoot = diagnostics.get("overshoot")  # runs from before it was counted have none
+            factor = "" if overshoot is None else f", by up to {overshoot:.3g} times"
+            found.append(
+                f"{row['variant']}: {100 * diagnostics['saturated_share']:.3g} % of activation blocks saturate{factor}"
+            )
+    return [f"Incomplete answers (scored 0) and saturation: {'; '.join(found)}."] if found else []
+
+
+def _training_notes(rows: list[dict[str, Any]]) -> list[str]:
+    notes = []
+    asked = {json.dumps(row["budget_asked"]) for row in rows if row["budget"]}
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["budget"]:
+            settings = [row["group"], row["budget"]["lr"], row["budget"]["epochs_read"]]
+            alike.setdefault(json.dumps(settings), []).append(row)
+    for same in alike.values():
+        budgets = [row["budget"] for row in same]
+        again = f", data read {budgets[0]['epochs_read']} times" if budgets[0]["epochs_read"] > 1 else ""
+        changed = ", ".join(f"{100 * row['codes_changed']:.1f}" for row in same)
+        notes.append(
+            f"{', '.join(row['variant'] for row in same)}: {_either(budgets, 'steps')} steps, {_either(budgets, 'loss_tokens')} tokens in "
+            f"the loss, lr {budgets[0]['lr']:g}{again}; {changed} % of the FP4 codes differ from PTQ."
+        )
+    if len(asked) > 1:
+        notes.append("Budgets differ between trained variants: they are not compared at equal cost.")
+    return notes
+
+
+def _either(budgets: list[dict[str, Any]], key: str) -> str:
+    """One number where all are equal, else one each: other seeds read the texts in another order, and the last step ends elsewhere."""
+    return " / ".join(dict.fromkeys(f"{budget[key]:,}" for budget in budgets))
+
+
+def _pm(stderr: float | None) -> str:
+    return "" if stderr is None else f"± {stderr:.3f} "
