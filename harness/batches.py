@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import collections.abc
+import random
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness.data import Sequence
-from qad.distill import Batch
+from harness.errors import DataError
+from harness.schema import Training
+from qad.batch import Batch
+from qad.packing import pack, row_positions
 
 FORWARD_TOKENS = 2048
 """Tokens of a forward pass without gradient, for calibration and diagnostics."""
@@ -33,11 +38,115 @@ def batch_of(sequences: list[Sequence]) -> Batch:
     return Batch(tensors["token_ids"].long(), attention, tensors["is_response"].bool())
 
 
-def batches_of(sequences: list[Sequence]) -> list[Batch]:
+def batches_of(sequences: collections.abc.Sequence[Sequence]) -> list[Batch]:
     """Batches of about FORWARD_TOKENS tokens, in order."""
     longest = max(map(len, sequences), default=1)
     size = max(1, FORWARD_TOKENS // longest)
-    return [batch_of(sequences[i : i + size]) for i in range(0, len(sequences), size)]
+    return [batch_of(list(sequences[i : i + size])) for i in range(0, len(sequences), size)]
+
+
+class TrainingSteps(collections.abc.Sequence[list[Batch]]):
+    """The optimizer steps that a budget reads, each a list of batches, made when they are asked for.
+
+    Every pass over the sequences is shuffled by the seed. A row is one sequence or, packed, as many as fit in `seq_len`, in order; a
+    step is `batch_size` rows, in batches of `micro_batch_size`.
+
+    Raises:
+        DataError: the sequences hold fewer tokens than the budget, or the budget is less than one step.
+    """
+
+    def __init__(self, sequences: Any, settings: Training, *, seq_len: int) -> None:
+        self._sequences, self._settings, self._seq_len = sequences, settings, seq_len
+        lengths = [int(n) for n in sequences.lengths]
+        order, self.epochs_read = training_order(lengths, tokens=settings.tokens, epochs=settings.epochs, seed=settings.seed)
+        self._rows = [[index] for index in order]
+        if settings.packing:
+            self._rows = [[order[i] for i in row] for row in pack([lengths[i] for i in order], seq_len)]
+        self.n_tokens = sum(lengths[i] for i in order)
+        if len(self._rows) < settings.batch_size:
+            raise DataError(
+                f"training.tokens {settings.tokens:,} is less than one optimizer step: it reads {len(self._rows)} rows, batch_size is "
+                f"{settings.batch_size}; raise tokens or lower batch_size"
+            )
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._settings.batch_size)
+
+    def __getitem__(self, step: Any) -> Any:
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        size = self._settings.batch_size
+        rows = self._rows[step * size : (step + 1) * size]
+        micro = self._settings.micro_batch_size or size
+        return [self._batch(rows[i : i + micro]) for i in range(0, len(rows), micro)]
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """What was read: tokens, tokens in the loss, steps, passes over the data."""
+        loss_tokens = sum(batch.n_loss_tokens for step in self for batch in step)
+        return {"tokens": self.n_tokens, "loss_tokens": loss_tokens, "steps": len(self), "epochs_read": self.epochs_read}
+
+    def require_loss_tokens(self) -> None:
+        """DataError for a step of which no token is to be predicted."""
+        for index, step in enumerate(self):
+            if not any(batch.n_loss_tokens for batch in step):
+                raise DataError(
+                    f"step {index} of {len(self)}: none of its {self._settings.batch_size} rows has a token of a response, so that nothing is "
+                    'learned from it; raise training.batch_size, give data with responses, or set loss_on = "all"'
+                )
+
+    def _batch(self, rows: list[list[int]]) -> Batch:
+        documents = [[_counted(self._sequences[i], self._settings.loss_on) for i in row] for row in rows]
+        return packed_batch(documents) if self._settings.packing else batch_of([row[0] for row in documents])
+
+
+def packed_batch(rows: list[list[Sequence]]) -> Batch:
+    """Rows of whole documents, one behind the other: positions restart with each, and its first token is not predicted.
+
+    The padding at the end of a row is a document of its own.
+    """
+    joined, positions = [], []
+    width = max(sum(map(len, row)) for row in rows)
+    for row in rows:
+        ids = [token for document in row for token in document.token_ids]
+        mask = [flag and i > 0 for document in row for i, flag in enumerate(document.is_response)]
+        joined.append(Sequence(tuple(ids), tuple(mask)))
+        positions.append(row_positions([len(document) for document in row], width))
+    batch = batch_of(joined)
+    return Batch(batch.input_ids, batch.attention_mask, batch.loss_mask, torch.stack(positions))
+
+
+def validation_batches(sequences: Any, loss_on: str) -> list[Batch]:
+    """Held-out sequences as training sees them, in batches for a forward pass."""
+    return batches_of([_counted(sequence, loss_on) for sequence in sequences])
+
+
+def training_order(lengths: list[int], *, tokens: int, epochs: int, seed: int) -> tuple[list[int], int]:
+    """Indices of the sequences that a budget reads, in order, and how many passes over the data that takes.
+
+    Every pass is shuffled by `seed`. DataError if `epochs` passes hold fewer than `tokens` tokens.
+    """
+    available = sum(lengths)
+    if available * epochs < tokens:
+        raise DataError(
+            f"the training split holds {available:,} tokens; {epochs} pass{'es' * (epochs > 1)} over it lack "
+            f"{tokens - available * epochs:,} of the {tokens:,} asked for: lower training.tokens, add data, or raise training.epochs"
+        )
+    order: list[int] = []
+    read = 0
+    for epoch in range(epochs):
+        indices = list(range(len(lengths)))
+        random.Random(f"{seed} {epoch}").shuffle(indices)
+        for index in indices:
+            if read >= tokens:
+                return order, -(-read // available)
+            order.append(index)
+            read += lengths[index]
+    return order, epochs
+
+
+def _counted(sequence: Sequence, loss_on: str) -> Sequence:
+    return sequence if loss_on == "assistant" else Sequence(sequence.token_ids, (True,) * len(sequence))
 
 
 def inputs_of(batch: Batch) -> dict[str, Tensor]:

@@ -19,6 +19,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+stage_app = typer.Typer(help="Carry finished stages between machines: train on one, score on another.", no_args_is_help=True)
+app.add_typer(stage_app, name="stage")
 SuiteArgument = Annotated[Path, typer.Argument(metavar="SUITE", help="A suite, such as suites/quickstart.toml.")]
 
 
@@ -31,11 +33,20 @@ class TableFormat(StrEnum):
     CSV = "csv"
 
 
+class TrackerName(StrEnum):
+    """What training figures may be sent to."""
+
+    WANDB = "wandb"
+    MLFLOW = "mlflow"
+    TRACKIO = "trackio"
+
+
 @app.command()
 def run(
     suite: SuiteArgument,
     results: Annotated[Path, typer.Option(help="Where results and journals are kept.")] = Path("results"),
     only: Annotated[str, typer.Option(metavar="VARIANT,...", help="Make and measure these variants only.")] = "",
+    track: Annotated[TrackerName | None, typer.Option(help="Send the figures of trainings there too.")] = None,
 ) -> None:
     """Do what the suite asks for and is not stored yet, then print the table."""
     with _reporting("; finished stages and responses are kept, the same command goes on from them"):
@@ -43,8 +54,10 @@ def run(
 
         from harness.progress import Reporter
         from harness.run import run_suite
+        from harness.trackers import tracking
 
-        run_suite(suite, results, tuple(name.strip() for name in only.split(",") if name.strip()), Reporter(Console()))
+        reporter = Reporter(Console(), open_tracker=tracking(track.value, project=suite.stem) if track else None)
+        run_suite(suite, results, tuple(name.strip() for name in only.split(",") if name.strip()), reporter)
 
 
 @app.command()
@@ -91,6 +104,31 @@ def export(
         from harness.export import export as copy
 
         for line in copy(run, variant, out, layout):
+            print(line)
+
+
+@stage_app.command("export")
+def stage_export(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="A key that `harness plan` prints, or its beginning.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that is missing or empty.")],
+) -> None:
+    """Copy a finished stage, and what it was made of, out of the store."""
+    with _reporting():
+        from harness.store import Store, cache_folder
+        from harness.transfer import export_stage
+
+        for line in export_stage(key, out, Store(cache_folder())):
+            print(line)
+
+
+@stage_app.command("import")
+def stage_import(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `harness stage export` wrote.")]) -> None:
+    """Bring exported stages into the store of this machine: suites that match them use them."""
+    with _reporting():
+        from harness.store import Store, cache_folder
+        from harness.transfer import import_stages
+
+        for line in import_stages(folder, Store(cache_folder())):
             print(line)
 
 
@@ -163,24 +201,27 @@ def main() -> None:
 
 @contextmanager
 def _reporting(kept: str = "") -> Iterator[None]:
-    """Our errors are a message and status 2, Ctrl-C is status 130 and says what is `kept`; a bug keeps its traceback."""
+    """Our errors are a message and status 2, Ctrl-C and SIGTERM are status 130 and say what is `kept`; a bug keeps its traceback."""
     try:
         yield
     except KeyboardInterrupt:
         _say(f"interrupted{kept}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except Exception as error:
-        if not _is_ours(error):
+        status = _status_of(error)
+        if status is None:
             raise
         _say(f"harness: {error}")
-        raise typer.Exit(EXIT_ERROR) from None
+        raise typer.Exit(status) from None
 
 
-def _is_ours(error: Exception) -> bool:
+def _status_of(error: Exception) -> int | None:
     from harness.errors import HarnessError
-    from qad.errors import QadError
+    from qad.errors import Interrupted, QadError
 
-    return isinstance(error, HarnessError | QadError)
+    if isinstance(error, Interrupted):
+        return EXIT_INTERRUPTED
+    return EXIT_ERROR if isinstance(error, HarnessError | QadError) else None
 
 
 def _say(message: str) -> None:

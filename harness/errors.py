@@ -6,6 +6,7 @@ HarnessError
     DataError     a source that is missing, empty or too short
     StoreError    the cache, a results folder, a full disk
     EngineError   the engine cannot do what was asked
+    TrackerError  an experiment tracker that is not installed or does not start
 """
 
 
@@ -31,3 +32,7 @@ class StoreError(HarnessError):
 
 class EngineError(HarnessError):
     """The engine cannot answer a request as asked."""
+
+
+class TrackerError(HarnessError):
+    """An experiment tracker that is not installed or does not start."""

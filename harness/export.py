@@ -51,8 +51,8 @@ def _folder(run: Path, variant: dict[str, object]) -> tuple[Path, str]:
         if not folder.is_dir():
             raise StoreError(f"{folder}: the files of {variant['name']} are not there any more; it lay outside the store")
         return folder, "outside the store"
-    stored = Store(cache_folder()).find(str(checkpoint["stage"]))
-    if stored is None or stored.digest != checkpoint["digest"]:
+    stored = Store(cache_folder()).find(str(checkpoint["stage"]), digest=str(checkpoint["digest"]))
+    if stored is None:
         raise StoreError(
             f"{run}: the checkpoint of {variant['name']} (stage {checkpoint['stage']}) is not in the cache {cache_folder()} any more; "
             "set HARNESS_CACHE, or run the suite again: it makes what is missing"

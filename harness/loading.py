@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from harness.errors import ModelError
 from qad.checkpoint import Loaded, load_checkpoint, write_checkpoint
+from qad.kernels import backend
 
 
 def quiet_libraries() -> None:
@@ -53,9 +55,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
-def load_model(folder: Path, *, trust_remote_code: bool) -> Loaded:
-    """The checkpoint in `folder`, in BF16 on the CPU."""
-    return load_checkpoint(folder, trust_remote_code=trust_remote_code)
+def load_model(folder: Path, *, trust_remote_code: bool, device: torch.device) -> Loaded:
+    """The checkpoint in `folder`, in BF16 on `device`."""
+    loaded = load_checkpoint(folder, trust_remote_code=trust_remote_code)
+    computed_by = None if loaded.backend is None else backend(device)
+    return dataclasses.replace(loaded, model=loaded.model.to(device), backend=computed_by)
 
 
 def eos_ids(folder: Path, tokenizer: Any) -> set[int]:

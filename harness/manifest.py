@@ -1,11 +1,13 @@
-"""What run.json says: what was asked, resolved; the stages with keys, times and surroundings; each variant's checkpoint."""
+"""What run.json says: what was asked, resolved; what became of its data; the stages with keys, times and
+surroundings; each variant's checkpoint.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from harness.models import download
+from harness.models import folder_of
 from harness.plan import Plan, Stage
 from harness.provenance import provenance
 from harness.records import SCHEMA
@@ -35,12 +37,14 @@ def manifest(plan: Plan, done: list[tuple[Stage, StoredStage]], *, run: str, is_
             "engine": suite.engine.model_dump(),
             "diagnostics": suite.diagnostics.model_dump() if suite.diagnostics else None,
         },
+        "data": {s.text.name: f.record["result"] for s, f in done if s.text is not None},
         "variants": [_variant_record(plan, variant, done) for variant in plan.variants],
         "stages": [
             {
                 "kind": s.kind,
                 "label": s.label,
                 "key": s.key,
+                "imported_from": f.record["key"] if f.is_imported else None,
                 "digest": f.digest,
                 **{k: f.record[k] for k in ("inputs", "seconds", "peak_memory_bytes", "provenance")},
             }
@@ -53,23 +57,17 @@ def manifest(plan: Plan, done: list[tuple[Stage, StoredStage]], *, run: str, is_
 def _variant_record(plan: Plan, variant: Any, done: list[tuple[Stage, StoredStage]]) -> dict[str, Any]:
     """A variant with its settings and what is known of its checkpoint."""
     settings = dataclasses.asdict(variant)
-    for name in ("quantization", "training"):
+    for name in ("quantization", "training", "teacher"):
         section = getattr(variant, name)
         settings[name] = section.model_dump() if section else None
     checkpoint = plan.checkpoint_of[variant.name]
     found = next((stored for stage, stored in done if stage.key == checkpoint.key), None)
-    folder = (
-        found.folder
-        if found
-        else (checkpoint.source.folder or download(plan.suite.model))
-        if checkpoint.source and done
-        else None
-    )
+    folder = found.folder if found else folder_of(checkpoint.source) if checkpoint.source and done else None
     size: dict[str, Any] = (
         dataclasses.asdict(footprint(folder)) if folder is not None and (found or checkpoint.is_external) else {}
     )
     if found is not None:
-        size["checkpoint"] = {"stage": checkpoint.key, "digest": found.digest}
+        size["checkpoint"] = {"stage": found.record["key"], "digest": found.digest}
     elif folder is not None:
         size["checkpoint"] = {"folder": str(folder.resolve())}
     return settings | size | (found.record["result"] if found else {})

@@ -25,7 +25,7 @@ class Source:
     """Files of a model. `gguf` is the file that has to be converted first, or None. `origin` says where it was found.
 
     fingerprint: changes whenever a byte of the model may have changed.
-    folder: None for a hub model that is not downloaded yet.
+    folder: None for a hub model that is not downloaded yet; it is `wanted`.
     """
 
     folder: Path | None
@@ -33,6 +33,7 @@ class Source:
     fingerprint: str
     origin: str
     notes: tuple[str, ...] = ()
+    wanted: Model | None = None
 
 
 def resolve_model(model: Model, store: Store) -> Source:
@@ -62,7 +63,15 @@ def resolve_model(model: Model, store: Store) -> Source:
         raise ModelError(
             f"model.revision: {model.path} is no folder and is not in the mirror; as a hub id it needs the revision (a commit, 40 hex digits)"
         )
-    return Source(None, None, f"hub:{model.path}@{model.revision}", f"hub {model.path} at {model.revision}")
+    return Source(None, None, f"hub:{model.path}@{model.revision}", f"hub {model.path} at {model.revision}", wanted=model)
+
+
+def folder_of(source: Source) -> Path:
+    """Where the files of a source are; a hub model is downloaded."""
+    if source.folder is not None:
+        return source.folder
+    assert source.wanted is not None
+    return download(source.wanted)
 
 
 def download(model: Model) -> Path:

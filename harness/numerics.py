@@ -35,26 +35,57 @@ _LOADING = (
     "qad/tensor_files.py",
     "harness/loading.py",
     "harness/batches.py",
+    "harness/data.py",
+    "harness/recipes.py",
     "harness/stages.py",
+    "harness/token_store.py",
 )
+_TRAINING = (
+    "qad/batch.py",
+    "qad/candidates.py",
+    "qad/cells.py",
+    "qad/distill.py",
+    "qad/layers.py",
+    "qad/losses.py",
+    "qad/masters.py",
+    "qad/optimization.py",
+    "qad/packing.py",
+    "qad/ranks.py",
+    "qad/resume.py",
+    "harness/training.py",
+)
+_SCORING = ("harness/evaluate.py", "harness/engines/__init__.py", "harness/engines/hf.py", "harness/stats.py")
 SOURCES = {
     "model": _LOADING,
-    "data": ("harness/stages.py", "harness/loading.py", "harness/data.py", "harness/tasks/world.py", "harness/tasks/mini.py"),
+    "data": (
+        "harness/stages.py",
+        "harness/loading.py",
+        "harness/data.py",
+        "harness/builtin.py",
+        "harness/data_stage.py",
+        "harness/dialogues.py",
+        "harness/row_files.py",
+        "harness/rows.py",
+        "harness/sources.py",
+        "harness/token_store.py",
+        "harness/tasks/world.py",
+        "harness/tasks/mini.py",
+    ),
+    "generate": ("harness/generation.py", "harness/scorers.py", "harness/engines/__init__.py", "harness/engines/hf.py"),
     "calibrate": ("qad/calibrate.py", "qad/observe.py", "qad/recipe.py", "qad/kv_cache.py", *_LOADING),
     "quantize": (*_FORMAT, *_CHOICE, *_LOADING),
-    "train": (*_FORMAT, *_LOADING, "qad/cells.py", "qad/distill.py", "qad/losses.py", "harness/data.py"),
+    "train": (*_FORMAT, *_LOADING, *_TRAINING),
+    "select": (*_FORMAT, *_LOADING, *_TRAINING, *_SCORING),
     "evaluate": (
         *_FORMAT,
         *_LOADING,
-        "harness/evaluate.py",
-        "harness/engines/__init__.py",
-        "harness/engines/hf.py",
-        "harness/stats.py",
+        *_SCORING,
     ),
     "vllm": ("qad/_vllm.py", "qad/vllm_plugin.py", "harness/engines/vllm.py", "harness/engines/vllm_worker.py"),
     "diagnostics": (*_FORMAT, *_LOADING, "qad/divergence.py", "qad/losses.py", "qad/clustered.py", "qad/calibrate.py"),
 }
-"""The files whose code decides the numbers of a stage, by its kind; "vllm": of what an "evaluate" stage adds with that engine."""
+"""The files whose code decides the numbers of a stage, by its kind; "vllm": of what a stage adds with that engine; "generate": of
+what a "data" stage adds whose text a model writes."""
 
 
 def versions() -> dict[str, int]:

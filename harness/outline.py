@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
+from harness.done import adopt_imported, find_done
 from harness.plan import Plan, Stage, make_plan
-from harness.run import is_done
-from harness.store import Store, cache_folder
+from harness.schema_data import Bos, Teacher
+from harness.store import Store, StoredStage, cache_folder
 from harness.suite import load_suite
 
 
@@ -15,19 +17,66 @@ def outline(path: Path) -> list[str]:
     suite = load_suite(path)
     store = Store(cache_folder())
     plan = make_plan(suite, store)
+    unused = adopt_imported(plan, store)
     lines = [
         f"suite {suite.name}: model {suite.model.path} ({plan.source.origin})",
         *(f"note: {note}" for note in plan.source.notes),
     ]
+    n_done = 0
     for stage in plan.stages:
-        state = "external" if stage.is_external else "stored" if is_done(stage, store) else "to do"
-        lines.append(f"  {state:8}  {stage.key[:12]}  {stage.label}{_size(plan, stage)}")
-    n_done = sum(is_done(stage, store) for stage in plan.stages)
-    lines.append(f"{n_done} of {len(plan.stages)} stages are stored")
+        found = None if stage.is_external else find_done(stage, store)
+        n_done += stage.is_external or found is not None
+        state = "external" if stage.is_external else "to do" if found is None else "imported" if found.is_imported else "stored"
+        key = found.record["key"] if found is not None else stage.key
+        begun = _begun(stage, store) if state == "to do" else ""
+        lines.append(f"  {state:8}  {key[:12]}  {stage.label}{_size(plan, stage)}{_origin(found)}{begun}")
+    defaults = dict.fromkeys((variant.group, default) for variant in plan.variants for default in variant.defaults)
+    lines += [f"{group}: default {default}" for group, default in defaults]
+    return [*lines, *unused, *_left_behind(plan, store), f"{n_done} of {len(plan.stages)} stages are stored"]
+
+
+def _origin(found: StoredStage | None) -> str:
+    """Where an imported stage was made."""
+    if found is None or not found.is_imported:
+        return ""
+    made = found.record["provenance"]
+    return f", made on {made['device']} with torch {made['packages']['torch']}"
+
+
+def _begun(stage: Stage, store: Store) -> str:
+    """How far a training came that was interrupted."""
+    folder = store.unfinished / stage.key
+    if stage.kind != "train" or not folder.is_dir():
+        return ""
+    steps = [int(path.name.removeprefix("step-")) for path in folder.glob("step-*")]
+    return f", unfinished, {max(steps, default=0):,} steps done"
+
+
+def _left_behind(plan: Plan, store: Store) -> list[str]:
+    """A line for each unfinished training that no stage to be done here goes on with, and what removes it."""
+    ours = {stage.key: stage for stage in plan.stages if stage.kind == "train"}
+    lines = []
+    for folder in sorted(path for path in store.unfinished.glob("*") if path.is_dir()):
+        if folder.name not in ours:
+            why = "of no train stage of this suite; if no other suite goes on with it"
+        elif find_done(ours[folder.name], store) is not None:
+            why = f"of {ours[folder.name].label}, which is stored"
+        else:
+            continue
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        lines.append(f"unfinished {folder.name[:12]} ({size / 1e6:,.1f} MB) is {why}: rm -r {shlex.quote(str(folder))}")
     return lines
 
 
 def _size(plan: Plan, stage: Stage) -> str:
+    section = None if stage.text is None else stage.text.section
+    if isinstance(section, Teacher):
+        prompts = "the prompts" if section.n_prompts is None else f"{section.n_prompts:,} prompts"
+        until = "" if section.tokens is None else f", until {section.tokens:,} tokens are kept"
+        samples = section.samples_per_prompt
+        return f" ({prompts} of {section.prompts} × {samples} sample{'s' * (samples > 1)}{until}; engine {section.engine})"
+    if isinstance(section, Bos):
+        return f" (until {section.tokens:,} tokens are kept; engine {section.engine})"
     if stage.kind == "train" and stage.variant is not None and stage.variant.training is not None:
         settings = stage.variant.training
         return f" ({settings.tokens:,} tokens, {settings.batch_size} sequences a step, lr {settings.lr:g})"

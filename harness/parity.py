@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from harness import data, loading
+from harness import loading
+from harness.builtin import builtin_sequences
 from harness.data import Sequence
 from harness.engines.vllm import KERNELS, VllmEngine, available_kernels
 from harness.errors import EngineError, ModelError
@@ -38,8 +39,8 @@ from harness.provenance import provenance
 from harness.records import open_results
 from harness.store import Store, cache_folder, disk_errors, make_folder, write_json
 from qad import divergence
+from qad.batch import Batch
 from qad.clustered import ratio_with_stderr
-from qad.distill import Batch
 from qad.kernels import fake_quantize
 from qad.modules import Fp8Linear, QuantizedLinear, quantized_linears
 from qad.recipe import Format, groups_of
@@ -70,7 +71,9 @@ def run_parity(
     """
     loading.quiet_libraries()
     results = open_results(results)
-    ours, teacher = (loading.load_model(folder, trust_remote_code=False) for folder in (checkpoint, model))
+    ours, teacher = (
+        loading.load_model(folder, trust_remote_code=False, device=torch.device("cpu")) for folder in (checkpoint, model)
+    )
     if set(teacher.kernels.values()) != {"bf16"}:
         raise ModelError(
             f"{model}: is quantized ({teacher.kernels['linear']}); --model is the BF16 folder that {checkpoint} was made from"
@@ -85,7 +88,7 @@ def run_parity(
     if tokenizer.get_vocab() != loading.load_tokenizer(model).get_vocab():
         raise ModelError(f"{checkpoint} and {model} have different vocabularies; give the BF16 model that it was made from")
     eos_ids = loading.eos_ids(checkpoint, tokenizer)
-    text = data.builtin_sequences(tokenizer, seq_len=seq_len, seed=0, eos_ids=eos_ids)["diagnostics"][:max_sequences]
+    text = builtin_sequences(tokenizer, seq_len=seq_len, seed=0, eos_ids=eos_ids)["diagnostics"][:max_sequences]
     with reporter.track("vLLM: load the checkpoint (about half a minute)"):
         engine = VllmEngine(checkpoint, tokenizer, eos_ids=eos_ids, kernels=asked, args={"max_num_seqs": 8})
     try:

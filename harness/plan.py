@@ -11,17 +11,20 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from harness import data
-from harness.errors import SuiteError
+from harness.errors import ModelError, SuiteError
 from harness.models import Source, checkpoint_source, resolve_model
 from harness.numerics import versions
 from harness.provenance import PACKAGES, VLLM_PACKAGES, device_kind, package_versions, vllm_device_kind
-from harness.schema import Quantization, Task
+from harness.schema import Model, Quantization, Task, Teacher
+from harness.schema_data import Mix
+from harness.sources import TextSource, find_source, identity
 from harness.store import Store
 from harness.suite import TASKS_FOLDER, ResolvedVariant, Suite
 
 _ABOUT_RECIPE = ("activations", "exclude", "fp8", "kv_cache")
 """Keys of [quantization] that calibration depends on; the rest acts later."""
+_NOT_IN_TRAINING_KEY = {"checkpoint_every", "select_tasks"}
+"""Keys of [training] that do not change what training makes."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Stage:
     """One unit of work. `sections` are what its result depends on beside its inputs; `label` is for people only.
 
     variant: whose rows it makes or whose settings it reads; a stage that several variants share names the first of them.
-    source: the files behind a stage of kind "model".
+    source: the files behind a stage of kind "model". text: the section and files behind a stage of kind "data".
     """
 
     kind: str
@@ -39,11 +42,18 @@ class Stage:
     variant: ResolvedVariant | None = None
     task: Task | None = None
     source: Source | None = None
+    text: TextSource | None = None
 
     @property
     def is_external(self) -> bool:
         """Whether its files lie outside the store and stay there: a model that needs no conversion."""
         return self.source is not None and self.source.gguf is None
+
+    @property
+    def numerics(self) -> dict[str, int]:
+        """The numerics versions that decide its result, by kind."""
+        kinds = (self.kind, "vllm") if self.sections.get("engine", {}).get("kind") == "vllm" else (self.kind,)
+        return {kind: versions()[kind] for kind in kinds}
 
     @cached_property
     def key(self) -> str:
@@ -88,8 +98,9 @@ def make_plan(suite: Suite, store: Store, *, only: tuple[str, ...] = ()) -> Plan
     variants = tuple(variant for variant in suite.variants if not only or variant.name in only)
     source = resolve_model(suite.model, store)
     checkpoints = {v.name: checkpoint_source(v.path, store) for v in variants if v.path is not None}
-    builder = _Builder(suite, source, checkpoints)
-    for name in suite.data:
+    teachers = {v.name: _teacher_source(v.teacher, store) for v in variants if v.teacher is not None}
+    builder = _Builder(suite, source, checkpoints, teachers, store)
+    for name in suite.data_with_stages(variants):
         builder.add_data(name)
     checkpoint_of = {variant.name: builder.add(variant) for variant in variants}
     return Plan(suite, source, variants, tuple(builder.stages.values()), checkpoint_of)
@@ -98,8 +109,12 @@ def make_plan(suite: Suite, store: Store, *, only: tuple[str, ...] = ()) -> Plan
 class _Builder:
     """Collects stages; equal stages of two variants become one."""
 
-    def __init__(self, suite: Suite, source: Source, checkpoints: dict[str, Source]) -> None:
-        self.suite, self.source, self.checkpoints = suite, source, checkpoints
+    def __init__(
+        self, suite: Suite, source: Source, checkpoints: dict[str, Source], teachers: dict[str, Source], store: Store
+    ) -> None:
+        self.suite, self.source, self.checkpoints, self.teachers = suite, source, checkpoints, teachers
+        self.store = store
+        self.sources: dict[str, TextSource] = {}
         self.stages: dict[tuple[str, str | None], Stage] = {}
         self.model = self._add(Stage("model", "model", {"fingerprint": source.fingerprint}, source=source))
 
@@ -120,25 +135,38 @@ class _Builder:
         start = self._quantized(variant, variant.quantization)
         if not variant.is_trained:
             return start
+        return self._trained(variant, variant.quantization, start)
+
+    def _trained(self, variant: ResolvedVariant, quantization: Quantization, start: Stage) -> Stage:
         assert variant.training is not None and variant.data is not None
-        return self._add(
-            Stage(
-                "train",
-                f"{variant.name}: train",
-                {
-                    "training": variant.training.model_dump(exclude={"seeds"}),
-                    "quantization": _without_calibration(variant.quantization),
-                    "objective": "ce" if variant.method == "qat" else "kl",
-                },
-                {
-                    "model": self.model,
-                    "calibration": start.inputs["calibration"],
-                    "start": start,
-                    "data": self.add_data(variant.data),
-                },
-                variant=variant,
+        training = variant.training
+        sections: dict[str, Any] = {
+            "training": training.model_dump(exclude=_NOT_IN_TRAINING_KEY),
+            "quantization": _without_calibration(quantization),
+            "objective": variant.objective,
+        }
+        inputs = {
+            "model": self.model,
+            "calibration": start.inputs["calibration"],
+            "start": start,
+            "data": self.add_data(variant.data),
+        }
+        if variant.name in self.teachers:
+            source = self.teachers[variant.name]
+            label = f"{variant.name}: teacher"
+            inputs["teacher"] = self._add(
+                Stage("model", label, {"fingerprint": source.fingerprint}, variant=variant, source=source)
             )
-        )
+        trained = self._add(Stage("train", f"{variant.name}: train", sections, inputs, variant=variant))
+        if training.select != "best_of_k":
+            return trained
+        judged = {
+            "tasks": training.select_tasks,
+            "files": _task_fingerprint(),
+            "engine": self.suite.engine.model_dump(exclude_none=True),
+            "layout": quantization.layout,
+        }
+        return self._add(Stage("select", f"{variant.name}: select", judged, inputs | {"trained": trained}, variant=variant))
 
     def _quantized(self, variant: ResolvedVariant, quantization: Quantization) -> Stage:
         calibration = quantization.calibration
@@ -166,9 +194,14 @@ class _Builder:
         return self._add(Stage("quantize", "quantize", sections, inputs, variant=variant))
 
     def add_data(self, name: str) -> Stage:
-        section = self.suite.data[name].model_dump()
-        sections = {"data": section, "text": data.builtin_fingerprint()}
-        return self._add(Stage("data", f"data {name}", sections, {"model": self.model}))
+        """The stage of a data section; those of a mix's parts come before it."""
+        if name not in self.sources:
+            self.sources[name] = find_source(name, self.suite.data, self.store)
+        text = self.sources[name]
+        inputs = {"model": self.model}
+        if isinstance(text.section, Mix):
+            inputs |= {f"part{i}": self.add_data(part.data) for i, part in enumerate(text.section.parts)}
+        return self._add(Stage("data", f"data {name}", identity(text), inputs, text=text))
 
     def _measure(self, variant: ResolvedVariant, checkpoint: Stage) -> None:
         for task in self.suite.tasks:
@@ -193,6 +226,15 @@ class _Builder:
 def _without_calibration(quantization: Quantization) -> dict[str, Any]:
     """[quantization] with the one key of its calibration that acts after calibration."""
     return {**quantization.model_dump(exclude={"calibration"}), "headroom": quantization.calibration.headroom}
+
+
+def _teacher_source(teacher: Teacher, store: Store) -> Source:
+    if teacher.path.startswith("package:"):
+        raise SuiteError(f"teacher.path: {teacher.path}: a GGUF file cannot teach; give a checkpoint folder or a hub id")
+    try:
+        return resolve_model(Model(path=teacher.path, revision=teacher.revision), store)
+    except ModelError as error:
+        raise ModelError(str(error).replace("model.", "teacher.", 1)) from None
 
 
 def _without_kernels(variant: ResolvedVariant) -> set[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import re
 import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +18,7 @@ PACKAGES = {
     "calibrate": ("torch", "transformers"),
     "quantize": ("torch", "transformers", "numba"),
     "train": ("torch", "transformers"),
+    "select": ("torch", "transformers", "tokenizers", "lm-eval"),
     "evaluate": ("torch", "transformers", "tokenizers", "lm-eval"),
     "diagnostics": ("torch", "transformers"),
 }
@@ -44,14 +47,15 @@ def package_versions(names: tuple[str, ...]) -> dict[str, str | None]:
 
 
 def device_kind() -> str:
-    """What computes: this version knows the CPU alone, whatever GPU there is."""
-    return f"cpu-{platform.machine()}"
+    """What computes: the GPU where torch is a CUDA build and there is one, else the CPU."""
+    gpu = gpu_name() if _is_cuda_build() else None
+    return f"cuda {gpu}" if gpu else f"cpu-{platform.machine()}"
 
 
 def vllm_device_kind() -> str:
     """What computes under vLLM: the GPU where its CUDA package is installed and there is one, else the CPU."""
     gpu = gpu_name() if package_versions(("vllm",))["vllm"] else None
-    return f"cuda {gpu}" if gpu else device_kind()
+    return f"cuda {gpu}" if gpu else f"cpu-{platform.machine()}"
 
 
 def gpu_name() -> str | None:
@@ -75,6 +79,16 @@ def provenance() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "git": _git(),
     }
+
+
+@cache
+def _is_cuda_build() -> bool:
+    """Whether the installed torch can use a CUDA GPU, by the file in which it says so."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return False
+    said = (Path(found.origin).parent / "version.py").read_text()
+    return re.search(r"^cuda\b.*=\s*['\"]", said, flags=re.MULTILINE) is not None
 
 
 @cache

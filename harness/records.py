@@ -5,7 +5,7 @@
     tasks.jsonl                    a row a (variant, task, metric)
     diagnostics.jsonl              a row a variant
     diagnostics_sequences.jsonl    a row a (variant, sequence): what paired differences need
-    training/<variant>.jsonl       a row a step
+    training/<variant>.jsonl       a row a step, and a row a validation; .svg and .png beside it are its figure
     samples/<variant>.<task>.jsonl.zst
     table.md, table.csv, table.json
 """
@@ -93,6 +93,18 @@ def write_samples(path: Path, rows: list[dict[str, Any]]) -> None:
     import zstandard
 
     path.write_bytes(zstandard.compress(text.encode()))
+
+
+def read_samples(path: Path) -> list[dict[str, Any]] | None:
+    """What `write_samples` wrote; None if it is not kept, StoreError if it is damaged."""
+    if not path.is_file():
+        return None
+    import zstandard
+
+    try:
+        return [json.loads(line) for line in zstandard.decompress(path.read_bytes()).decode().splitlines()]
+    except (zstandard.ZstdError, ValueError) as error:
+        raise StoreError(f"{path}: damaged ({error}); run the suite again") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,27 +8,44 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from harness.done import about_stage, adopt_imported, find_done, is_done
 from harness.manifest import manifest
-from harness.plan import Plan, Stage, make_plan
+from harness.plan import Plan, make_plan
+from harness.plots import plot_trainings
 from harness.progress import Reporter
 from harness.provenance import provenance
 from harness.records import is_complete, open_results, open_run, write_rows
-from harness.store import Store, StoredStage, cache_folder, disk_errors, write_json, write_text
+from harness.store import Store, cache_folder, disk_errors, write_json, write_text
 from harness.suite import load_suite
 from harness.tables import build_grid, build_table, print_grid, render
+from harness.torchrun import follow, is_follower, leading
 
 if TYPE_CHECKING:
     from harness.stages import Workbench
 
 
 def run_suite(path: Path, results: Path, only: tuple[str, ...], reporter: Reporter) -> None:
-    """Run the suite at `path`: what is stored is found again, everything else is made and recorded."""
+    """Run the suite at `path`: what is stored is found again, everything else is made and recorded.
+
+    Of several ranks under torchrun the first does this; the others take part in training alone.
+    """
     suite = load_suite(path)
     store = Store(cache_folder())
     plan = make_plan(suite, store, only=only)
-    results = open_results(results)
+    unused = adopt_imported(plan, store)
+    if is_follower():
+        follow(plan, store, results, reporter)
+        return
+    with leading():
+        for line in unused:
+            reporter.say(f"  {line}")
+        _run(plan, store, open_results(results), reporter)
+
+
+def _run(plan: Plan, store: Store, results: Path, reporter: Reporter) -> None:
+    suite = plan.suite
     pending = [stage for stage in plan.stages if not is_done(stage, store)]
     folder = open_run(results, suite.name, plan.digest, has_work=bool(pending))
     try:
@@ -41,17 +58,6 @@ def run_suite(path: Path, results: Path, only: tuple[str, ...], reporter: Report
             _write(plan, store, folder)
     _show(folder, reporter)
     reporter.say(f"Results: {folder}")
-
-
-def is_done(stage: Stage, store: Store) -> bool:
-    """Whether nothing is left to do for `stage`."""
-    return stage.is_external or find_done(stage, store) is not None
-
-
-def find_done(stage: Stage, store: Store) -> StoredStage | None:
-    """The stored result of `stage`, if its inputs are still what they were when it was made."""
-    found = store.find(stage.key)
-    return found if found is not None and found.record["inputs"] == _input_digests(stage, store) else None
 
 
 def _do(plan: Plan, store: Store, results: Path, folder: Path, reporter: Reporter) -> None:
@@ -80,26 +86,11 @@ def _do_stages(bench: Workbench, plan: Plan, store: Store, folder: Path, reporte
             _show(folder, reporter)
             has_table = True
         began = time.monotonic()
-        record: dict[str, Any] = {
-            "kind": stage.kind,
-            "label": stage.label,
-            "sections": stage.sections,
-            "inputs": _input_digests(stage, store),
-        }
+        record = about_stage(stage, store)
         with store.writing(stage.key, record) as stage_folder:
             record["result"] = bench.run(stage, stage_folder)
             record |= {"seconds": time.monotonic() - began, "peak_memory_bytes": _peak_memory(), "provenance": provenance()}
-
-
-def _input_digests(stage: Stage, store: Store) -> dict[str, str | None]:
-    return {role: _digest(given, store) for role, given in stage.inputs.items()}
-
-
-def _digest(stage: Stage, store: Store) -> str | None:
-    if stage.is_external and stage.source is not None:
-        return stage.source.fingerprint
-    found = store.find(stage.key)
-    return None if found is None else found.digest
+        bench.tidy(stage)
 
 
 def _write(plan: Plan, store: Store, folder: Path) -> None:
@@ -110,6 +101,7 @@ def _write(plan: Plan, store: Store, folder: Path) -> None:
         is_complete_now = all(is_done(stage, store) for stage in plan.stages)
         write_json(folder / "run.json", manifest(plan, done, run=folder.name, is_complete=is_complete_now))
         table = build_table(folder)
+        plot_trainings(folder)
         write_json(folder / "table.json", table)
         for style in ("md", "csv"):
             write_text(folder / f"table.{style}", render(table, style))

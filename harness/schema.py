@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from harness.schema_data import Data
+from harness.section import Name, Positive, PositiveFloat, Section, Seed
 
 NOT_AVAILABLE_KEYS = {
     "gate": "release gates",
     "reference": "published figures beside ours",
-    "model.post_training": "defaults by post-training history",
-    "training.optimizer": "a choice of optimizers",
-    "training.train": "training more, or less, than the quantized weights",
-    "training.loss": "other losses than CE and KL",
-    "training.select": "selection of a checkpoint",
-    "training.packing": "sequence packing",
-    "variant.teacher": "another teacher than the model itself",
-    "variant.loss": "other losses than CE and KL",
     "task.repeats": "sampled repeats",
     "task.sampling": "sampled repeats",
     "task.temperature": "sampled repeats",
@@ -25,36 +20,32 @@ NOT_AVAILABLE_KEYS = {
 }
 NOT_AVAILABLE_VALUES = {
     "model.kind": {"image-text": "vision-language models"},
-    "quantization.block_scales": {"learned": "learned block scales"},
-    "data.source": dict.fromkeys(("hub", "jsonl", "teacher", "bos", "random_tokens"), "other sources than builtin"),
-    "training.schedule": {"cosine": "the cosine schedule"},
     "engine.kind": {"server": "the server engine"},
 }
 """Legal in the format, by section and key (and value), with what they will be."""
 
-
-class Section(BaseModel):
-    """A table of the suite: unknown keys and loose types are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
-Positive = Annotated[int, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Model(Section):
     """`path`: a hub id (then `revision` is a commit), a folder, or `package:<python package>/<file.gguf>`.
 
     trust_remote_code: run the Python files that lie beside the weights; they are part of what identifies the model.
+    post_training: what was done to it after pretraining; where a source recommends something for it, that is the default.
     """
 
     path: Annotated[str, Field(min_length=1)]
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     kind: Literal["text"] = "text"
     trust_remote_code: bool = False
+    post_training: Literal["sft", "rl", "merged", "unknown"] = "unknown"
+
+
+class Teacher(Section):
+    """Another teacher than the model itself, by `path` as in [model]; its vocabulary must be the model's."""
+
+    path: Annotated[str, Field(min_length=1)]
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
 
 
 class Calibration(Section):
@@ -76,7 +67,7 @@ class Quantization(Section):
     """How every quantized variant is quantized.
 
     `scale_multiplier`, on the tensor scales of weights, is for the noise floor of scale rules: several variants that differ in
-    nothing else. `block_scales` is about training; left out, it is "recomputed" with the rule amax and "frozen" with others.
+    nothing else. `block_scales` is about training; left out, it is "recomputed" with the rule amax and "frozen" with others; "learned" trains them.
     """
 
     format: Literal["nvfp4"] = "nvfp4"
@@ -85,7 +76,7 @@ class Quantization(Section):
     scale_rule: Literal["amax", "mse", "four_over_six", "gptq"] = "amax"
     scale_weighting: Literal["none", "second_moment"] = "none"
     scale_multiplier: Annotated[float, Field(ge=1, le=1024, allow_inf_nan=False)] = 1.0
-    block_scales: Literal["recomputed", "frozen"]
+    block_scales: Literal["recomputed", "frozen", "learned"]
     tensor_scale: Literal["power_of_two", "amax"] = "power_of_two"
     layout: Literal["modelopt", "compressed-tensors"] = "modelopt"
     fp8: tuple[str, ...] = ()
@@ -100,31 +91,62 @@ class Quantization(Section):
         return given | {"block_scales": "recomputed" if given.get("scale_rule", "amax") == "amax" else "frozen"}
 
 
-class Data(Section):
-    """A source of text, cut to sequences of at most `seq_len` tokens and split by hash."""
+class LrGroup(Section):
+    """Trained parameters whose name matches the pattern `match` have a rate of their own; the first match counts."""
 
-    source: Literal["builtin"]
-    seq_len: Annotated[int, Field(ge=32)] = 256
-    seed: Seed = 0
+    match: Annotated[str, Field(min_length=1)]
+    lr: PositiveFloat
 
 
 class Training(Section):
-    """The one budget that QAT and QAD share. `tokens` counts real tokens, padding excluded."""
+    """The one budget that QAT and QAD share. `tokens` counts real tokens, padding excluded.
+
+    batch_size, micro_batch_size: sequences (rows, with packing) of an optimizer step, and of one forward pass in it.
+    lr: required, unless `model.post_training` has a recommended one.
+    loss_on: "all" tokens, or those of the "assistant".
+    optimizer: "adafactor" keeps next to no state; its lr is relative to the RMS of each parameter.
+    train: the "quantized" weights, "all" parameters, or the block "scales" alone.
+    packing: several sequences share a row of the data's seq_len.
+    select: the "last" checkpoint, the one with the "best_val" loss, or of the `candidates` with the lowest ones the best on
+        `select_tasks` ("best_of_k"), whose scores then are no evidence any more.
+    validate_every, validation_samples: steps between validations, and sequences of the validation split.
+    max_saturated: the share of weight blocks that may outgrow their tensor scale, which stays as calibrated.
+    checkpoint_every: steps between checkpoints to resume from; changes no result.
+    """
 
     tokens: Positive
     batch_size: Positive
-    lr: PositiveFloat
+    micro_batch_size: Positive | None = None
+    lr: PositiveFloat | None = None
     loss_on: Literal["assistant", "all"]
-    schedule: Literal["linear", "constant"] = "linear"
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: Annotated[int, Field(ge=0)] = 5
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    lr_groups: tuple[LrGroup, ...] = ()
     clip_norm: PositiveFloat = 1.0
+    train: Literal["quantized", "all", "scales"] = "quantized"
+    packing: bool = False
+    activation_checkpointing: bool = False
+    compile: bool = False
+    select: Literal["last", "best_val", "best_of_k"] = "last"
+    candidates: Annotated[int, Field(ge=2)] = 10
+    select_tasks: tuple[str, ...] = ()
+    validate_every: Positive | None = None
+    validation_samples: Positive = 8
+    max_saturated: Annotated[float, Field(ge=0, le=1)] = 0.001
+    checkpoint_every: Positive = 50
     epochs: Positive = 1
     seed: Seed = 0
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None
 
 
 class Variant(Section):
-    """One row of the tables. `quantization` and `training` override single keys of the suite's own sections."""
+    """One row of the tables. `quantization` and `training` override single keys of the suite's own sections.
+
+    seeds: trains one for each. teacher, loss, temperature, ce_weight: of "qad", whose loss is "kl" where nothing is said;
+        "kl_ce" is (1 - ce_weight) KL + ce_weight CE.
+    """
 
     name: Name
     method: Literal["bf16", "ptq", "qat", "qad", "checkpoint"]
@@ -132,6 +154,11 @@ class Variant(Section):
     path: str | None = None
     quantization: dict[str, Any] = {}
     training: dict[str, Any] = {}
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None
+    teacher: Teacher | None = None
+    loss: Literal["kl", "mse", "kl_ce"] | None = None
+    temperature: PositiveFloat | None = None
+    ce_weight: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
 class Task(Section):

@@ -2,6 +2,8 @@
 
 <cache>/stages/<key>/stage.json    what it was made of and the digests of its files
 <cache>/stages/<key>/files/        the files
+<cache>/imported/<key>/            the same, made on another machine and brought here by a person
+<cache>/unfinished/<key>/          checkpoints of a training that is not done, written by `qad.resume`
 <cache>/digests.json               file digests by path, size and time, so that nothing large is read twice
 """
 
@@ -33,6 +35,10 @@ class StoredStage:
     record: dict[str, Any]
     digest: str
 
+    @property
+    def is_imported(self) -> bool:
+        return self.folder.parent.parent.name == "imported"
+
 
 def cache_folder() -> Path:
     """HARNESS_CACHE, or the folder for caches of the user."""
@@ -48,17 +54,39 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.adopted: dict[str, str] = {}
         self._digests_file = root / "digests.json"
         self._digests = self._read_digests()
 
-    def find(self, key: str) -> StoredStage | None:
-        """The finished stage under `key`, or None if it is absent, damaged or of another schema version."""
-        folder = self._folder(key)
+    def find(self, key: str, *, digest: str | None = None) -> StoredStage | None:
+        """The finished stage under `key`, with that digest if one is given; None if it is absent, damaged or of another schema version.
+
+        An imported stage that was adopted for `key` comes before an own one, and an own one before an imported one of the same key.
+        """
+        imported = self.root / "imported"
+        for folder in (*((imported / self.adopted[key],) if key in self.adopted else ()), self._folder(key), imported / key):
+            found = self.read(folder)
+            if found is not None and digest in (None, found.digest):
+                return found
+        return None
+
+    def adopt(self, key: str, imported_key: str) -> None:
+        """Let an imported stage serve as the stage `key`, for as long as this object lives."""
+        self.adopted[key] = imported_key
+
+    def imported(self) -> list[StoredStage]:
+        """All imported stages that are whole, the newest import first."""
+        folders = [path for path in (self.root / "imported").glob("*") if re.fullmatch("[0-9a-f]+", path.name)]
+        newest_first = sorted(folders, key=lambda path: (-path.stat().st_mtime_ns, path.name))
+        return [found for folder in newest_first if (found := self.read(folder)) is not None]
+
+    def read(self, folder: Path) -> StoredStage | None:
+        """The stage in `folder`, named by its key; None if it is absent, damaged or of another schema version."""
         try:
             record = json.loads((folder / "stage.json").read_text())
         except (OSError, ValueError):
             return None
-        if record.get("schema") != SCHEMA or record.get("key") != key:
+        if record.get("schema") != SCHEMA or record.get("key") != folder.name:
             return None
         files = folder / "files"
         for name, digest in record["files"].items():
@@ -80,9 +108,8 @@ class Store:
             make_folder(made, "the stage cache")
             try:
                 yield made
-                files = {str(p.relative_to(made)): self._sha256(p) for p in sorted(made.rglob("*")) if p.is_file()}
-                digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-                whole = {"schema": SCHEMA, "key": key, **record, "files": files, "digest": digest}
+                files = file_digests(made)
+                whole = {"schema": SCHEMA, "key": key, **record, "files": files, "digest": combined_digest(files)}
                 write_json(partial / "stage.json", whole)
                 if folder.exists():
                     shutil.rmtree(folder)
@@ -90,13 +117,18 @@ class Store:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
 
+    @property
+    def unfinished(self) -> Path:
+        """Where the checkpoints of trainings lie until they are done, each in a folder named by the key of its stage."""
+        return self.root / "unfinished"
+
     def file_digest(self, path: Path) -> str:
         """sha256 of a file, remembered under its path, size and modification time."""
         stat = path.stat()
         known = self._digests.get(str(path))
         if known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
             return str(known[2])
-        digest = self._sha256(path)
+        digest = sha256(path)
         self._digests[str(path)] = [stat.st_size, stat.st_mtime_ns, digest]
         with contextlib.suppress(OSError):  # only a cache of digests: without it they are computed again
             self.root.mkdir(parents=True, exist_ok=True)
@@ -118,10 +150,21 @@ class Store:
         except (OSError, ValueError):
             return {}
 
-    @staticmethod
-    def _sha256(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+
+def sha256(path: Path) -> str:
+    """The digest of a file, read now."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """The digest of every file below `folder`, by its path in it."""
+    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def combined_digest(files: dict[str, str]) -> str:
+    """One digest of all files of a stage."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,9 @@ import pytest
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+MIRROR = os.environ.get("HARNESS_MIRROR")
+"""The mirror of the surroundings, for tests on real sets; every test runs without the variable."""
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -38,7 +41,7 @@ def build_tiny_model(folder: Path, *, seed: int = 0, hidden: int = 64) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from harness.data import natural_texts
+    from harness.builtin import natural_texts
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

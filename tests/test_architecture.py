@@ -54,6 +54,7 @@ def test_the_core_needs_torch_transformers_and_safetensors_alone():
     [
         ("lm_eval", {"harness/evaluate.py"}),
         ("tomllib", {"harness/suite.py"}),
+        ("matplotlib", {"harness/plots.py"}),
         ("vllm", {"qad/_vllm.py", "harness/engines/vllm_worker.py"}),
     ],
 )

@@ -63,3 +63,56 @@ def test_the_export_benchmark_measures_an_increase_and_the_bytes_of_the_format(c
     cells = [cell.strip() for cell in capsys.readouterr().out.strip().strip("|").split("|")]
     assert cells[0] == "modelopt" and float(cells[4]) == pytest.approx(0.5625, abs=1e-4)
     assert 0 < float(cells[3]) < 4
+
+
+@pytest.fixture
+def loss_cpu(monkeypatch):
+    sizes = ["--tokens", "40", "--vocabulary", "64", "--hidden", "16", "--runs", "3"]
+    monkeypatch.setattr(sys, "argv", ["loss_cpu.py", *sizes])
+    return load("loss_cpu")
+
+
+def test_the_loss_benchmark_prints_time_and_memory_beside_plain_torch(loss_cpu, monkeypatch, capsys):
+    monkeypatch.setattr(loss_cpu, "in_its_own_process", loss_cpu.extra_bytes)
+    loss_cpu.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith(("| kl", "| ce"))]
+    assert [row[0] for row in rows] == ["kl", "ce"]
+    assert all(float(cell.split()[0]) >= 0 for row in rows for cell in row[1:4]) and all(len(row) == 7 for row in rows)
+
+
+def test_the_loss_benchmark_counts_the_bytes_of_one_call(loss_cpu, monkeypatch):
+    monkeypatch.setitem(loss_cpu.CALLS, "chunked", lambda loss, x: torch.ones(2**24))
+    assert loss_cpu.extra_bytes("chunked", "kl", (8, 64, 16)) == pytest.approx(2**26, rel=0.1)
+
+
+def test_the_loss_benchmark_times_nothing_when_results_differ(loss_cpu, monkeypatch, capsys):
+    plain = loss_cpu.plain
+    monkeypatch.setattr(loss_cpu, "chunked", lambda loss, x: tuple(1.1 * value for value in plain(loss, x)))
+    with pytest.raises(SystemExit, match=r"kl: .* instead of .*, gradient 10.*% off; nothing was timed"):
+        loss_cpu.main()
+    assert "| kl" not in capsys.readouterr().out
+
+
+def test_the_floor_of_a_step_is_the_step_with_nothing_quantized(tiny_model):
+    from qad.checkpoint import load_checkpoint
+    from qad.masters import Masters
+    from qad.quantize import quantize_model
+    from qad.recipe import Recipe
+
+    step_cpu, model = load("step_cpu"), load_checkpoint(tiny_model).model
+    original = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    modules = quantize_model(model, Recipe(activations=False), None)
+    changed = [name for name in modules if not torch.equal(modules[name].weight, original[f"{name}.weight"])]
+    assert changed == list(modules)
+    masters = Masters(model)
+    with step_cpu.nothing_quantized():
+        masters.project()
+    assert all(torch.equal(modules[name].weight, original[f"{name}.weight"]) for name in modules)
+    masters.project()
+    assert not any(torch.equal(modules[name].weight, original[f"{name}.weight"]) for name in modules)
+
+
+@pytest.mark.slow
+def test_training_that_is_killed_at_two_random_moments_ends_with_identical_weights(tmp_path, capsys):
+    assert load("kill_campaign").campaign(tmp_path, kills=2, seed=1) == 2
+    assert capsys.readouterr().out.count("identical weights") == 2

@@ -3,9 +3,10 @@
 import pytest
 
 from harness import numerics, plan, provenance
+from harness.done import about_stage
 from harness.errors import ModelError, SuiteError
 from harness.models import resolve_model
-from harness.outline import n_requests
+from harness.outline import n_requests, outline
 from harness.plan import make_plan
 from harness.schema import Model
 from harness.store import Store
@@ -126,6 +127,86 @@ def test_only_names_that_exist_can_be_chosen(tiny_suite, tmp_path):
     assert not any(stage.kind in ("calibrate", "quantize", "train") for stage in stages)
     with pytest.raises(SuiteError, match="--only qda: no such variant. Known: bf16, ptq, qad, qat"):
         make_plan(suite, Store(tmp_path), only=("qda",))
+
+
+def data_of(suite, tmp_path, *only: str) -> list[str]:
+    stages = make_plan(load_suite(suite), Store(tmp_path / "cache"), only=only).stages
+    kinds = [stage.kind for stage in stages]
+    assert "data" not in kinds[kinds.index("data") + kinds.count("data") :]  # all before what is done with them
+    return [stage.label for stage in stages if stage.kind == "data"]
+
+
+def test_only_the_text_of_chosen_variants_is_made(tiny_suite, tmp_path):
+    """qat trains on a mix, qad on another text; calibration and diagnostics have one of their own."""
+    noise = '[data.{}]\nsource = "random_tokens"\ntokens = {}\n'
+    sections = "".join(noise.format(name, 1000 + i) for i, name in enumerate(("left", "right", "other")))
+    sections += '[data.mixed]\nsource = "mix"\nparts = [{ data = "left", weight = 1 }, { data = "right", weight = 1 }]\n'
+    text = tiny_suite.read_text().replace("[training]", f"{sections}\n[training]")
+    text = text.replace('method = "qat"', 'method = "qat"\ndata = "mixed"').replace(
+        'method = "qad"', 'method = "qad"\ndata = "other"'
+    )
+    tiny_suite.write_text(text)
+    mix = ["data left", "data right", "data mixed"]
+    everything = data_of(tiny_suite, tmp_path)
+    assert sorted(everything) == sorted(["data text", "data other", *mix])
+    assert data_of(tiny_suite, tmp_path, "bf16") == data_of(tiny_suite, tmp_path, "bf16", "ptq") == ["data text"]
+    assert data_of(tiny_suite, tmp_path, "qad") == ["data text", "data other"]
+    assert data_of(tiny_suite, tmp_path, "qat") == ["data text", *mix]
+    assert data_of(tiny_suite, tmp_path, "qat", "qad", "bf16", "ptq") == everything
+    tiny_suite.write_text(text[: text.index("[diagnostics]")])
+    stages = make_plan(load_suite(tiny_suite), Store(tmp_path / "cache"), only=("bf16",)).stages
+    assert not [stage for stage in stages if stage.kind == "data"]
+
+
+def test_the_plan_says_how_much_text_a_model_writes_and_with_which_engine(tiny_suite, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"q": "a", "a": "b"}\n')
+    asked = '[data.asked]\nsource = "jsonl"\npath = "rows.jsonl"\nprompt = "q"\nresponse = "a"\n'
+    written = '[data.{}]\nsource = "teacher"\nprompts = "asked"\nmax_tokens = 32\n{}\n'
+    parts = asked + written.format("all", 'engine = "vllm"')
+    parts += written.format("some", 'engine = "hf"\nn_prompts = 1200\nsamples_per_prompt = 4\ntokens = 90000')
+    parts += '[data.free]\nsource = "bos"\nengine = "hf"\nmax_tokens = 32\ntokens = 70000\n'
+    parts += '[data.mixed]\nsource = "mix"\nparts = [{ data = "all", weight = 1 }, { data = "some", weight = 1 }, '
+    parts += '{ data = "free", weight = 1 }]\n'
+    text = tiny_suite.read_text().replace("[training]", f"{parts}\n[training]")
+    for method in ("qat", "qad"):
+        text = text.replace(f'method = "{method}"', f'method = "{method}"\ndata = "mixed"')
+    tiny_suite.write_text(text)
+    printed = [line.partition("  data ")[2] for line in outline(tiny_suite)]
+    assert "all (the prompts of asked × 1 sample; engine vllm)" in printed
+    assert "some (1,200 prompts of asked × 4 samples, until 90,000 tokens are kept; engine hf)" in printed
+    assert "free (until 70,000 tokens are kept; engine hf)" in printed
+
+
+def test_trainings_left_unfinished_are_shown_with_their_steps_or_with_what_removes_them(tiny_suite, tmp_path, own_cache):
+    before = outline(tiny_suite)
+    stages = {stage.label: stage for stage in make_plan(load_suite(tiny_suite), Store(own_cache)).stages}
+    for key, names in ((stages["qad: train"].key, ("step-001200", ".partial-step-001300")), ("0" * 32, ("step-000007",))):
+        for name in names:
+            (own_cache / "unfinished" / key / name).mkdir(parents=True)
+            (own_cache / "unfinished" / key / name / "tensors").write_bytes(bytes(1_500_000))
+    (own_cache / "unfinished" / stages["qat: train"].key).mkdir()
+    found = outline(tiny_suite)
+    shown = {line for line in found if line not in before}
+    assert {line.partition("  qa")[2].partition("), ")[2] for line in shown if "  qa" in line} == {
+        "unfinished, 1,200 steps done",
+        "unfinished, 0 steps done",
+    }
+    (left,) = [line for line in shown if "  qa" not in line]
+    assert left.startswith(f"unfinished {'0' * 12} (1.5 MB) is of no train stage of this suite")
+    assert left.endswith(f": rm -r {own_cache / 'unfinished' / ('0' * 32)}")
+
+
+def test_an_unfinished_training_whose_stage_is_stored_can_be_removed(tiny_suite, own_cache):
+    store = Store(own_cache)
+    stages = make_plan(load_suite(tiny_suite), store).stages
+    for stage in (stage for stage in stages if stage.kind in ("data", "calibrate", "quantize", "train")):
+        with store.writing(stage.key, about_stage(stage, store)):
+            pass
+    (trained,) = {stage.key for stage in stages if stage.label == "qad: train"}
+    (own_cache / "unfinished" / trained).mkdir(parents=True)
+    (left,) = [line for line in outline(tiny_suite) if "unfinished" in line]
+    assert left.startswith(f"unfinished {trained[:12]} (0.0 MB) is of qad: train, which is stored: rm -r ")
 
 
 def test_requests_are_counted_without_lm_eval():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import SuiteError
+from harness.outline import outline
 from harness.schema import NOT_AVAILABLE_KEYS, NOT_AVAILABLE_VALUES
 from harness.suite import load_suite
 
@@ -63,16 +64,78 @@ def test_five_mistakes_are_five_lines_with_key_found_allowed_and_nearest(tiny_su
             r'variant "ptq": quantization\.calibration\.data: unknown data set "txt"; did you mean text\?',
         ),
         ('source = "builtin"', 'source = "bultin"', r"data\.text\.source: found 'bultin'; did you mean builtin\?"),
-        (
-            'source = "builtin"',
-            'source = "hub"',
-            r'data\.text\.source: "hub" .*not available in this version; allowed: \'builtin\'',
-        ),
+        ('source = "builtin"', 'source = "hub"', r"data\.text\.path: missing; it is required"),
         ('method = "bf16"', 'method = "ptq"', r'variant: no variant has method = "bf16"'),
         (
             'method = "qad"',
             'method = "qad"\nteacher = "x"',
-            r"variant\[3\]\.teacher: another teacher .*not available in this version",
+            r"variant\[3\]\.teacher: found 'x'",
+        ),
+        (
+            'method = "qat"',
+            'method = "qat"\nloss = "mse"\nteacher = { path = "x" }',
+            r'variant\[2\]\.teacher: has no effect with method = "qat", which trains on cross entropy; remove it',
+        ),
+        (
+            'method = "qad"',
+            'method = "qad"\nloss = "mse"\ntemperature = 2.0',
+            r'variant\[3\]\.temperature: has no effect with loss = "mse"',
+        ),
+        ('method = "qad"', 'method = "qad"\nloss = "kl_ce"', r"variant\[3\]\.ce_weight: missing; .*\(1 - ce_weight\) KL"),
+        ('method = "qad"', 'method = "qad"\nce_weight = 0.5', r'variant\[3\]\.ce_weight: has no effect with loss = "kl"'),
+        ('method = "ptq"', 'method = "ptq"\nseeds = [1]', r'variant\[1\]\.seeds: has no effect with method = "ptq"'),
+        (
+            'method = "qad"',
+            'method = "qad"\nseeds = [1]\ntraining = { seed = 1 }',
+            r"variant\[3\]\.training\.seed: has no effect beside seeds",
+        ),
+        (
+            "lr = 1e-3",
+            "",
+            r'training\.lr: missing; a source recommends one for model\.post_training = "sft" or "rl"',
+        ),
+        ("lr = 1e-3", "lr = 1e-3\nmicro_batch_size = 5", r"training\.micro_batch_size: found 5, more than batch_size 4"),
+        (
+            "lr = 1e-3",
+            'lr = 1e-3\noptimizer = "adafactor"\nbetas = [0.9, 0.99]',
+            r'training\.betas: has no effect with optimizer = "adafactor"',
+        ),
+        (
+            "lr = 1e-3",
+            'lr = 1e-3\nselect = "best_of_k"\nvalidate_every = 2\nselect_tasks = ["mini_math", "mini_math"]',
+            r'training\.select_tasks: the task "mini_math" is repeated',
+        ),
+        (
+            'method = "qad"',
+            'method = "qad"\nquantization = { block_scales = "learned" }\ntraining = { train = "scales", max_saturated = 0.1 }',
+            r'variant\[3\]\.training\.max_saturated: has no effect with train = "scales"',
+        ),
+        (
+            'lr = 1e-3\nloss_on = "assistant"',
+            'loss_on = "assistant"\noptimizer = "adafactor"',
+            r"training\.lr: missing; .*with AdamW",
+        ),
+        ("lr = 1e-3", 'lr = 1e-3\nselect = "best_val"', r'training\.validate_every: missing; select = "best_val" chooses'),
+        (
+            "lr = 1e-3",
+            'lr = 1e-3\nselect = "best_of_k"\nvalidate_every = 2',
+            r'training\.select_tasks: missing; select = "best_of_k" is judged on tasks',
+        ),
+        (
+            "lr = 1e-3",
+            'lr = 1e-3\nselect = "best_of_k"\nvalidate_every = 2\nselect_tasks = ["mini_maths"]',
+            r'training\.select_tasks: unknown task "mini_maths"; did you mean mini_math\?',
+        ),
+        ("lr = 1e-3", "lr = 1e-3\ncandidates = 3", r'training\.candidates: has no effect with select = "last"'),
+        (
+            "lr = 1e-3",
+            "lr = 1e-3\nvalidation_samples = 3",
+            r"training\.validation_samples: has no effect without validate_every",
+        ),
+        (
+            "lr = 1e-3",
+            'lr = 1e-3\ntrain = "scales"',
+            r'training\.train: found "scales" with quantization\.block_scales = "recomputed"; .*must be "learned"',
         ),
         (
             'method = "ptq"',
@@ -93,7 +156,7 @@ def test_five_mistakes_are_five_lines_with_key_found_allowed_and_nearest(tiny_su
         ("[data.text]", '[data.spare]\nsource = "builtin"\n[data.text]', r"data\.spare: nothing uses it"),
         ('path = "', 'revision = "main"\npath = "', r"model\.revision: found 'main'.*40 hex digits"),
         ("lr = 1e-3", "lr = 1e-3\nseed = 99999999999999999999", r"training\.seed: found 99999999999999999999; .*less than"),
-        ("lr = 1e-3", "lr = 1e-3\nseeds = [-1]", r"training\.seeds\[0\]: found -1"),
+        ('method = "qad"', 'method = "qad"\nseeds = [-1]', r"variant\[3\]\.seeds\[0\]: found -1"),
         ("samples = 8 }", "samples = 8, headroom = 1e39 }", r"quantization\.calibration\.headroom: found 1e\+39"),
         ("lr = 1e-3", "lr = nan", r"training\.lr: found nan"),
         (
@@ -103,8 +166,8 @@ def test_five_mistakes_are_five_lines_with_key_found_allowed_and_nearest(tiny_su
         ),
         (
             "[quantization]",
-            '[quantization]\nblock_scales = "learned"',
-            r'quantization\.block_scales: "learned" \(learned block scales\): not available in this version',
+            '[quantization]\nblock_scales = "learnt"',
+            r"quantization\.block_scales: found 'learnt'; did you mean learned\?",
         ),
         (
             "[quantization]",
@@ -187,7 +250,7 @@ def test_a_folder_is_not_a_suite(tmp_path):
 
 
 def test_seeds_make_a_variant_each_and_overrides_reach_only_their_variant(tiny_suite):
-    text = tiny_suite.read_text().replace('method = "qad"', 'method = "qad"\ntraining = { seeds = [3, 4], lr = 0.5 }')
+    text = tiny_suite.read_text().replace('method = "qad"', 'method = "qad"\nseeds = [3, 4]\ntraining = { lr = 0.5 }')
     tiny_suite.write_text(text)
     suite = load_suite(tiny_suite)
     trained = {v.name: v.training for v in suite.variants if v.is_trained}
@@ -196,6 +259,22 @@ def test_seeds_make_a_variant_each_and_overrides_reach_only_their_variant(tiny_s
         "qad-seed3": (3, 0.5),
         "qad-seed4": (4, 0.5),
     }
+    assert [(v.group, v.seed) for v in suite.variants if v.is_trained] == [("qad", 3), ("qad", 4), ("qat", None)]
+
+
+@pytest.mark.parametrize(("kind", "lr"), [("sft", 1e-6), ("rl", 1e-5)])
+def test_post_training_sets_the_recommended_rate_and_plan_says_where_it_comes_from(tiny_suite, kind, lr):
+    text = tiny_suite.read_text().replace("lr = 1e-3\n", "").replace("[model]", f'[model]\npost_training = "{kind}"')
+    tiny_suite.write_text(text)
+    assert {v.training.lr for v in load_suite(tiny_suite).variants if v.is_trained} == {lr}
+    defaults = [line for line in outline(tiny_suite) if "default" in line]
+    assert sum(f"lr {lr:g} (arXiv 2601.20088" in line for line in defaults) == 2
+    assert sum("KL to the model itself" in line for line in defaults) == 1
+
+
+def test_a_rate_of_the_suite_is_never_replaced_by_the_recommended_one(tiny_suite):
+    tiny_suite.write_text(tiny_suite.read_text().replace("[model]", '[model]\npost_training = "sft"'))
+    assert {v.training.lr for v in load_suite(tiny_suite).variants if v.is_trained} == {1e-3}
 
 
 def test_everything_that_is_not_available_yet_is_listed_in_the_readme():

@@ -13,7 +13,7 @@ from conftest import build_tiny_model
 from safetensors.torch import load_file, save_file
 
 from harness import loading
-from harness.data import builtin_sequences
+from harness.builtin import builtin_sequences
 from harness.engines import Request, Sampling
 from harness.engines.vllm import VllmEngine, require_servable
 from harness.errors import EngineError
