@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qad.errors import TrainingError
+from qad.errors import TrainingError, memory_asked_for
 from qad.optimization import LrGroup, Optimization
 
 
@@ -122,3 +122,23 @@ def test_adafactor_over_several_ranks_is_refused(monkeypatch):
     Optimization(lr=1.0).require_shareable()
     with pytest.raises(TrainingError, match=r'optimizer = "adafactor" does not work over 2 ranks: .*use "adamw"'):
         Optimization(lr=1.0, optimizer="adafactor").require_shareable()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_weight_decay_shrinks_weights_and_never_block_scales(optimizer):
+    named = {name: torch.nn.Parameter(torch.full((2, 2), 8.0)) for name in ("a.weight", "a.block_scale")}
+    made = Optimization(lr=0.1, weight_decay=0.5, optimizer=optimizer).build(named)
+    for parameter in named.values():
+        parameter.grad = torch.zeros_like(parameter)
+    made.step()
+    assert bool((named["a.weight"] < 8.0).all())
+    assert torch.equal(named["a.block_scale"].detach(), torch.full((2, 2), 8.0))
+
+
+def test_only_what_an_allocator_says_is_taken_for_too_little_memory():
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert "allocate memory" in memory_asked_for(refused.value)
+    assert memory_asked_for(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")).endswith("2 GiB")
+    assert memory_asked_for(MemoryError()) == "MemoryError"
+    assert memory_asked_for(RuntimeError("shapes do not fit")) is None
