@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qad import ranks
 from qad.errors import TrainingError
+from qad.modules import input_quantizers
 
 
 def layers_of(model: Any) -> list[nn.Module]:
@@ -40,6 +41,8 @@ def compile_layers(model: Any) -> None:
 
     Before `checkpoint_activations`, if that is wanted too: torch.compile leaves what checkpointing wraps as it is, and says nothing.
     """
+    for quantizer in input_quantizers(model):
+        quantizer.forward = torch.compiler.disable(quantizer.forward)  # type: ignore[method-assign]
     for layer in layers_of(model):
         layer.forward = torch.compile(layer.forward)
 

@@ -64,7 +64,6 @@ class InputQuantizer(nn.Module):
         self._result: Tensor | None = None
         self._consumers_left = 0
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """The quantized `x` (..., K); the same tensor for the members of the group that follow with the same input."""
         if self._result is None or not self._holds(x):
