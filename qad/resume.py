@@ -30,6 +30,7 @@ from qad import ranks
 from qad.errors import TrainingError
 
 _STATE = "state.json"
+_VERSION = 1  # of what a checkpoint holds: one of another version is begun anew
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Checkpoints:
         random_states = ranks.gathered({str(ranks.rank()): _random_state()})
         if ranks.rank() == 0:
             with_state = [name for name, parameter in named.items() if optimizer.state.get(parameter)]
-            ours = {"identity": self.identity, "step": step, "random": random_states, "with_state": with_state}
+            ours = {"version": _VERSION, "identity": self.identity, "step": step, "random": random_states, "with_state": with_state}
             record = {**ours, "files": digests, **state}
             with open(partial / _STATE, "w", encoding="utf-8") as file:
                 json.dump(record, file)
@@ -112,7 +113,7 @@ class Checkpoints:
             state = json.loads((path / _STATE).read_text())
             names = {file.name for file in path.iterdir()} - {_STATE}
             return (
-                state["identity"] == self.identity
+                (state["version"], state["identity"]) == (_VERSION, self.identity)
                 and names == set(state["files"])
                 and all(_sha256(path / name) == digest for name, digest in state["files"].items())
             )

@@ -162,6 +162,8 @@ def damage(checkpoint, kind):
         state.write_text(state.read_text()[:200])
     elif kind == "another identity":
         state.write_text(json.dumps(record | {"identity": "another run"}))
+    elif kind == "another version":
+        state.write_text(json.dumps(record | {"version": 0}))
     elif kind == "a state of another shape":
         state.write_text(json.dumps(record | {"files": []}))
     elif kind == "no list of files":
@@ -180,6 +182,7 @@ DAMAGES = [
     "no state",
     "half a state",
     "another identity",
+    "another version",
     "a state of another shape",
     "no list of files",
     "another digest",
