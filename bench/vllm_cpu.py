@@ -20,6 +20,7 @@ from harness import loading
 from harness.batches import batches_of, inputs_of
 from harness.builtin import builtin_sequences
 from harness.engines.vllm import VllmEngine
+from harness.engines.worker import stream
 from qad.calibrate import calibrate
 from qad.checkpoint import load_checkpoint, write_checkpoint
 from qad.quantize import quantize_model
@@ -100,12 +101,12 @@ def tokens_per_second(engine: VllmEngine, n_prompts: int, n_tokens: int) -> floa
         "top_k": 0,
         "seed": None,
         "until": [],
-        "min_tokens": n_tokens,
     }
-    requests = [{"token_ids": [100 + (7 * i + j) % 400 for j in range(8)], **settings} for i in range(n_prompts)]
+    prompts = [[100 + (7 * i + j) % 400 for j in range(8)] for i in range(n_prompts)]
+    requests = [{"place": i, "prompt": i, **settings} for i in range(n_prompts)]
     began = time.perf_counter()
-    rows = engine.worker.ask({"do": "generate", "requests": requests, "eos_ids": []})["token_ids"]
-    return sum(map(len, rows)) / (time.perf_counter() - began)
+    replies = stream([(engine.worker, {"do": "answer", "prompts": prompts, "requests": requests, "eos_ids": []})])
+    return sum(len(reply["token_ids"]) for reply in replies) / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
+from harness.answering import answer_requests
 from harness.data import Sequence, split_of
 from harness.dialogues import RowError, Turn, end_of_turn, render_prompt
-from harness.engines import Answer, Engine, Request, Sampling
-from harness.errors import DataError
+from harness.engines import Answer, Engine, Failure, Request, Sampling
+from harness.errors import DataError, EngineError
 from harness.journal import Journal
 from harness.rows import FilteredRows, chat_of, text_of
 from harness.schema_data import Bos, Generated, Teacher
@@ -141,16 +142,12 @@ def _answers(
         for ask, sample in fitting
     ]
     counts["asked"] += len(requests)
-    answers: dict[int, Answer] = {}
-    for places in engine.plan(requests):
-        batch = [requests[i] for i in places]
-        found = journal.find(batch)
-        if found is None:
-            found = engine.answer(batch)
-            journal.append(batch, found)
-        answers |= {i: answer for i, answer in zip(places, found, strict=True) if isinstance(answer, Answer)}
-    for index, (ask, _) in enumerate(fitting):
-        yield ask, answers[index]
+    outcomes = answer_requests(engine, journal, requests)
+    for (ask, _), outcome in zip(fitting, outcomes, strict=True):
+        if isinstance(outcome, Failure):
+            raise EngineError(f"prompt {ask.number} got no response: {outcome.reason}; run again to ask what is missing")
+        if isinstance(outcome, Answer):
+            yield ask, outcome
 
 
 def _fits(ask: Ask, sample: int, section: Generated, engine: Engine, counts: Counter[str]) -> bool:

@@ -3,8 +3,9 @@
     <results>/journals/<weights>/<task>/<protocol>.jsonl
 
 The first line is the protocol: weights, task and version, engine with arguments, kernels, package versions, device and
-numerics version. A response is identified by its request hash, repeat, seed and the batch that it was planned in; the scorer
-is no part of it, so a better one finds the old responses. A torn last line is dropped and asked again.
+numerics version. A response is identified by its request hash, complete sampling parameters, repeat and seed, and, where an
+engine's answers depend on it, the batch that it was planned in. The scorer is no part of it, so a better one finds the old
+responses. A torn last line is dropped and asked again.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from harness.engines import Answer, Likelihood, Request, batch_digest
+from harness.engines import Answer, Failure, Likelihood, Outcome, Request, batch_digest, identity
 from harness.errors import StoreError
 from harness.store import disk_errors, make_folder
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Journal:
@@ -30,14 +31,14 @@ class Journal:
 
     def __init__(self, folder: Path, protocol: dict[str, Any]) -> None:
         self.protocol = protocol
-        identity = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
-        self.path = folder / str(protocol["weights"])[:16] / str(protocol["task"]) / f"{identity}.jsonl"
-        self._answers: dict[tuple[str, str, int], Answer | Likelihood] = {}
+        name = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = folder / str(protocol["weights"])[:16] / str(protocol["task"]) / f"{name}.jsonl"
+        self._answers: dict[tuple[str | None, str], Answer | Likelihood] = {}
 
     def __enter__(self) -> Self:
         with disk_errors(f"the journal {self.path}"):
             make_folder(self.path.parent, "the journals")
-            self._file = self.path.open("a+b")
+            self._file = self.path.open("a+b", buffering=0)  # what a full disk refused is not tried again when it closes
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -49,23 +50,44 @@ class Journal:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
 
-    def find(self, batch: Sequence[Request]) -> list[Answer | Likelihood] | None:
+    def find(self, request: Request) -> Answer | Likelihood | None:
+        """The answer to a request that stands for itself."""
+        return self._answers.get((None, identity(request)))
+
+    def find_batch(self, batch: Sequence[Request]) -> list[Answer | Likelihood] | None:
         """The answers of a planned batch, or None unless all of them are here."""
         digest = batch_digest(batch)
-        found = [self._answers.get((digest, request.hash, request.repeat)) for request in batch]
+        found = [self._answers.get((digest, identity(request))) for request in batch]
         return None if any(answer is None for answer in found) else [answer for answer in found if answer is not None]
 
-    def append(self, batch: Sequence[Request], answers: Sequence[Answer | Likelihood]) -> None:
-        """Write the answers of a batch and flush them to the operating system."""
+    def append(self, request: Request, outcome: Outcome) -> None:
+        """Write what came of a request and flush it to the operating system. A failure is kept for people alone."""
+        self._write([(None, request, outcome)])
+
+    def append_batch(self, batch: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
+        """Write what came of a whole batch and flush it."""
         digest = batch_digest(batch)
+        self._write([(digest, request, outcome) for request, outcome in zip(batch, outcomes, strict=True)])
+
+    def _write(self, entries: list[tuple[str | None, Request, Outcome]]) -> None:
         lines = []
-        for request, answer in zip(batch, answers, strict=True):
-            row = {"batch": digest, "request": request.hash, "repeat": request.repeat, "seed": request.seed, **asdict(answer)}
+        for batch, request, outcome in entries:
+            asked = {"id": identity(request), "request": request.hash, "repeat": request.repeat, "seed": request.seed}
+            row = {
+                "batch": batch,
+                **asked,
+                **({"failure": outcome.reason} if isinstance(outcome, Failure) else asdict(outcome)),
+            }
             lines.append(json.dumps(row, allow_nan=False) + "\n")
-            self._answers[digest, request.hash, request.repeat] = answer
+            if not isinstance(outcome, Failure):
+                self._answers[batch, identity(request)] = outcome
         with disk_errors(f"the journal {self.path}"):
-            self._file.write("".join(lines).encode())
-            self._file.flush()
+            self._put("".join(lines).encode())
+
+    def _put(self, data: bytes) -> None:
+        """All of it; the operating system may take a part at a time, and refuses the next where the disk is full."""
+        while data:
+            data = data[self._file.write(data) :]
 
     def _read(self) -> None:
         self._file.seek(0)
@@ -76,8 +98,7 @@ class Journal:
         lines = kept.splitlines()
         if not lines:
             header = {"schema": SCHEMA, "protocol": self.protocol}
-            self._file.write(json.dumps(header, sort_keys=True).encode() + b"\n")
-            self._file.flush()
+            self._put(json.dumps(header, sort_keys=True).encode() + b"\n")
             return
         try:
             header, *rows = [json.loads(line) for line in lines]
@@ -86,8 +107,8 @@ class Journal:
                     f"{self.path}: written with schema {header['schema']}, this version reads {SCHEMA}; move it away to ask again"
                 )
             for row in rows:
-                answer = _answer(row)
-                self._answers[row["batch"], row["request"], row["repeat"]] = answer
+                if "failure" not in row:
+                    self._answers[row["batch"], row["id"]] = _answer(row)
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(
                 f"{self.path}: a line is damaged ({error}); move the file away to ask its questions again"

@@ -250,8 +250,8 @@ def requests_of(tokenizer, sampling, seeds) -> list[Request]:
 
 def test_a_sampled_answer_repeats_by_its_seed_and_differs_by_it(engine, tiny_tokenizer):
     batch = requests_of(tiny_tokenizer, SAMPLED, [1, 2, 3, 4])
-    first, again = ([a.token_ids for a in engine.answer(batch)] for _ in range(2))
-    other = [a.token_ids for a in engine.answer(requests_of(tiny_tokenizer, SAMPLED, [5, 6, 7, 8]))]
+    first, again = ([a.token_ids for _, a in engine.answer(batch)] for _ in range(2))
+    other = [a.token_ids for _, a in engine.answer(requests_of(tiny_tokenizer, SAMPLED, [5, 6, 7, 8]))]
     assert first == again
     assert not set(first) & set(other)
 
@@ -307,15 +307,15 @@ def test_greedy_answers_are_what_they_were_without_a_processor_of_logits(engine,
     ids = torch.tensor([r.token_ids for r in batch])
     plain = engine.model.generate(ids, do_sample=False, max_new_tokens=12, eos_token_id=[1], pad_token_id=1)
     wanted = [tuple(row[ids.shape[1] :].tolist()) for row in plain]
-    found = [a.token_ids for a in engine.answer(batch)]
+    found = [a.token_ids for _, a in engine.answer(batch)]
     assert [w[: len(f)] for w, f in zip(wanted, found, strict=True)] == found and all(found)
     tiny_heat = Sampling(max_tokens=12, until=(), temperature=1e-4)
-    assert [a.token_ids for a in engine.answer(requests_of(tiny_tokenizer, tiny_heat, [1, 2]))] == found
+    assert [a.token_ids for _, a in engine.answer(requests_of(tiny_tokenizer, tiny_heat, [1, 2]))] == found
 
 
 def test_a_sampled_request_without_a_seed_is_refused(engine, tiny_tokenizer):
     with pytest.raises(EngineError, match="carries no seed"):
-        engine.answer(requests_of(tiny_tokenizer, SAMPLED, [None]))
+        list(engine.answer(requests_of(tiny_tokenizer, SAMPLED, [None])))
 
 
 # the whole, by the command

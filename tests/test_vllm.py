@@ -47,10 +47,27 @@ def export(folder, model_folder, recipe, layout="modelopt"):
     return folder
 
 
+HOSTILE = {
+    "do_sample": True,
+    "temperature": 9.0,
+    "top_k": 1,
+    "top_p": 0.01,
+    "min_p": 0.9,
+    "repetition_penalty": 9.0,
+    "max_new_tokens": 2,
+    "max_length": 3,
+    "eos_token_id": list(range(512)),
+    "suppress_tokens": list(range(256)),
+}
+"""Each of these would show in the answers if it acted."""
+
+
 @pytest.fixture(scope="session")
 def packed(wide_model, tmp_path_factory):
-    """The wide model as W4A4 in ModelOpt's layout."""
-    return export(tmp_path_factory.mktemp("packed"), wide_model, Recipe())
+    """The wide model as W4A4 in ModelOpt's layout, with a generation_config.json that every test here has to withstand."""
+    folder = export(tmp_path_factory.mktemp("packed"), wide_model, Recipe())
+    (folder / "generation_config.json").write_text(json.dumps(HOSTILE))
+    return folder
 
 
 def serve(folder, kernels="w4a4_emulation", **changes):
@@ -72,6 +89,12 @@ def text(packed):
     return builtin_sequences(tokenizer, seq_len=128, seed=0, eos_ids={1})["diagnostics"][:6]
 
 
+def answers(engine, batch):
+    """All that comes of a batch, in its order."""
+    found = dict(engine.answer(batch))
+    return [found[place] for place in range(len(batch))]
+
+
 def prompts(text, count=6):
     return [tuple(sequence.token_ids[:40]) for sequence in text[:count]]
 
@@ -85,7 +108,7 @@ def test_the_loaded_modules_carry_our_kernel(engine):
 
 def test_greedy_answers_repeat_and_end_where_they_should(engine, text):
     batch = [Request(token_ids=p, sampling=SAMPLING) for p in prompts(text)]
-    first, second = engine.answer(batch), engine.answer(batch)
+    first, second = answers(engine, batch), answers(engine, batch)
     assert [a.token_ids for a in first] == [a.token_ids for a in second]
     assert all(len(a.token_ids) <= 12 and (a.finish_reason == "length") == (len(a.token_ids) == 12) for a in first)
     assert not any(set(a.token_ids) & engine.eos_ids for a in first)
@@ -93,9 +116,9 @@ def test_greedy_answers_repeat_and_end_where_they_should(engine, text):
 
 def test_a_stop_string_cuts_the_text_and_ends_the_answer(engine, text):
     request = Request(token_ids=prompts(text)[0], sampling=dataclasses.replace(SAMPLING, max_tokens=32))
-    (whole,) = engine.answer([request])
+    (whole,) = answers(engine, [request])
     stop = whole.text[len(whole.text) // 2 :][:3]
-    (cut,) = engine.answer([dataclasses.replace(request, sampling=Sampling(max_tokens=32, until=(stop,)))])
+    (cut,) = answers(engine, [dataclasses.replace(request, sampling=Sampling(max_tokens=32, until=(stop,)))])
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert cut.finish_reason == "stop"
     assert len(cut.token_ids) < len(whole.token_ids)
@@ -104,9 +127,9 @@ def test_a_stop_string_cuts_the_text_and_ends_the_answer(engine, text):
 def test_sampled_answers_repeat_by_their_seeds(engine, text):
     sampling = Sampling(max_tokens=12, until=(), temperature=1.0, top_p=0.95, top_k=50)
     batch = [Request(token_ids=p, sampling=sampling, seed=7 + i) for i, p in enumerate(prompts(text))]
-    first, second = engine.answer(batch), engine.answer(batch)
+    first, second = answers(engine, batch), answers(engine, batch)
     assert [a.token_ids for a in first] == [a.token_ids for a in second]
-    others = engine.answer([dataclasses.replace(request, seed=request.seed + 100) for request in batch])
+    others = answers(engine, [dataclasses.replace(request, seed=request.seed + 100) for request in batch])
     assert [a.token_ids for a in first] != [a.token_ids for a in others]
 
 
@@ -115,13 +138,43 @@ def test_likelihoods_are_those_of_the_hidden_states_that_it_computes(engine, pac
     sequences = [[*r.token_ids, *r.continuation] for r in requests]
     engine.worker.ask({"do": "hidden", "sequences": sequences, "path": str(tmp_path / "hidden")})
     hidden, head = load_file(tmp_path / "hidden"), load_checkpoint(packed).model.get_output_embeddings().weight.detach()
-    for index, (request, answer) in enumerate(zip(requests, engine.answer(requests), strict=True)):
+    for index, (request, answer) in enumerate(zip(requests, answers(engine, requests), strict=True)):
         logits = (hidden[str(index)][19:29].float() @ head.float().T).log_softmax(dim=1)
         expected = float(logits.gather(1, torch.tensor(request.continuation)[:, None]).sum())
         assert answer.logprob == pytest.approx(expected, abs=0.2)  # of about 60, from logits rounded to BF16
-    likely = Request(token_ids=requests[0].token_ids, continuation=engine.answer([_greedy(requests[0])])[0].token_ids[:1])
+    likely = Request(token_ids=requests[0].token_ids, continuation=answers(engine, [_greedy(requests[0])])[0].token_ids[:1])
     unlikely = dataclasses.replace(likely, continuation=((likely.continuation[0] + 1) % len(head),))
-    assert [answer.is_greedy for answer in engine.answer([likely, unlikely])] == [True, False]
+    assert [answer.is_greedy for answer in answers(engine, [likely, unlikely])] == [True, False]
+
+
+def test_a_hostile_generation_config_changes_nothing(engine, packed, text, tmp_path):
+    batch = [Request(token_ids=p, sampling=SAMPLING) for p in prompts(text)]
+    greedy = answers(engine, batch)
+    assert max(len(answer.token_ids) for answer in greedy) == SAMPLING.max_tokens  # neither its lengths nor its ends
+    sequences = [[*request.token_ids, *answer.token_ids] for request, answer in zip(batch, greedy, strict=True)]
+    engine.worker.ask({"do": "hidden", "sequences": sequences, "path": str(tmp_path / "hidden")})
+    hidden, head = load_file(tmp_path / "hidden"), load_checkpoint(packed).model.get_output_embeddings().weight.detach()
+    for index, (request, answer) in enumerate(zip(batch, greedy, strict=True)):
+        states = hidden[str(index)][len(request.token_ids) - 1 : -1].float()
+        likelihood = (states @ head.float().T).log_softmax(dim=1)
+        lost = likelihood.max(dim=1).values - likelihood.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+        assert lost.max() < 0.5  # the most likely token every time, but for rounding: no penalty, no suppressed token
+    sampling = Sampling(max_tokens=12, until=(), temperature=1.0)
+    drawn = answers(engine, [Request(token_ids=prompts(text)[0], sampling=sampling, seed=i) for i in range(6)])
+    assert len({answer.token_ids for answer in drawn}) == 6  # top_k 1 and min_p would leave one
+
+
+def test_answers_come_as_they_finish_with_likelihoods_among_them(engine, text):
+    lengths = [12, 3, 8, 2, 5, 1]
+    batch = [
+        Request(token_ids=p, sampling=dataclasses.replace(SAMPLING, max_tokens=n))
+        for p, n in zip(prompts(text), lengths, strict=True)
+    ]
+    arrived = [len(answer.token_ids) for _, answer in engine.answer(batch)]
+    assert len(arrived) == 6 and arrived != lengths
+    mixed = [batch[0], Request(token_ids=batch[1].token_ids, continuation=(5, 6)), batch[0]]
+    first, likelihood, again = answers(engine, mixed)
+    assert first.token_ids == again.token_ids and likelihood.logprob < 0
 
 
 def _greedy(request):

@@ -42,10 +42,19 @@ def test_vllm_with_kernels_is_legal(tiny_suite):
         ('[engine]\nkind = "vllm"\nkernels = "w4a8"', "engine.kernels: found 'w4a8'.* Allowed: native, w4a16, w4a4_emulation"),
         ('[engine]\nkind = "hf"\nkernels = "w4a16"', 'engine.kernels: has no effect with kind = "hf"; remove it'),
         (VLLM.replace("max_num_seqs = 8", "max_num_seq = 8"), "max_num_seq: unknown key; did you mean max_num_seqs"),
-        (VLLM.replace("max_num_seqs = 8", "batch_size = 8"), "batch_size: unknown key. Known: enforce_eager"),
+        (VLLM.replace("max_num_seqs = 8", "batch_size = 8"), "batch_size: unknown key.* Known: data_parallel_size"),
         (VLLM.replace("max_num_seqs = 8", "max_num_seqs = true"), "found True; allowed: a positive integer"),
         (VLLM.replace("max_num_seqs = 8", "gpu_memory_utilization = 1.5"), "found 1.5; allowed: a number above 0, at most 1"),
         (VLLM.replace("max_num_seqs = 8", 'kv_cache_dtype = "int8"'), "found 'int8'; allowed: \"auto\""),
+        (VLLM.replace("max_num_seqs = 8", 'mamba_ssm_cache_dtype = "fp8"'), 'found \'fp8\'; allowed: "float32", "float16" or'),
+        (
+            VLLM.replace("max_num_seqs = 8", "enable_prefix_caching = 1"),
+            "enable_prefix_caching: found 1; allowed: true or false",
+        ),
+        (
+            VLLM.replace("max_num_seqs = 8", "data_parallel_size = 0"),
+            "data_parallel_size: found 0; allowed: a positive integer",
+        ),
         (VLLM.replace("max_num_seqs = 8", "kv_cache_memory_gib = 0"), "found 0; allowed: a positive number, in GiB"),
         (VLLM.replace("max_num_seqs = 8", "enforce_eager = 1"), "found 1; allowed: true or false"),
         (VLLM.replace("max_num_seqs = 8", "enforce_eager = false"), "enforce_eager: found False; the emulated kernels"),
@@ -66,7 +75,7 @@ def test_a_new_vllm_or_gpu_renews_what_vllm_computes_and_nothing_else(tiny_suite
     before_hf = keys(tiny_suite, tmp_path)
     with_engine(tiny_suite, VLLM)
     before = keys(tiny_suite, tmp_path)
-    scored = {label for label in before if "mini_" in label}
+    scored = {label for label in before if "mini_" in label and not label.startswith("task ")}
     assert {label for label in before if before[label] != before_hf[label]} == scored
     real = provenance.package_versions
     monkeypatch.setattr(plan, "package_versions", lambda names: real(names) | ({"vllm": "9"} if "vllm" in names else {}))
@@ -81,7 +90,7 @@ def test_the_choice_of_kernels_is_no_part_of_the_keys_of_bf16(tiny_suite, tmp_pa
     tiny_suite.write_text(tiny_suite.read_text().replace("w4a4_emulation", "native"))
     after = keys(tiny_suite, tmp_path)
     assert {label for label in before if before[label] != after[label]} == {
-        label for label in before if "mini_" in label and not label.startswith("bf16")
+        label for label in before if "mini_" in label and not label.startswith(("bf16", "task "))
     }
 
 

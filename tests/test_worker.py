@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from harness.answering import answer_requests
 from harness.engines import Request, Sampling
 from harness.engines import vllm as vllm_engine
 from harness.engines.vllm import VllmEngine, head_size, require_servable, vllm_options
-from harness.engines.worker import Channel, Worker
+from harness.engines.worker import Channel, Worker, stream
 from harness.errors import EngineError
+from harness.journal import Journal
 from qad import vllm_plugin
 
 COMMAND = [sys.executable, str(Path(__file__).parent / "fake_worker.py")]
@@ -126,6 +128,8 @@ def test_ctrl_c_in_the_middle_of_a_batch_ends_the_run_and_the_engine(tiny_model,
         "PYTHONPATH": str(Path(__file__).parent.parent),
         "FAKE_STARTED": str(started),
         "FAKE_LINEAR": "bf16",
+        "FAKE_ANSWERS": "2",
+        "FAKE_THEN": "hang",
     }
     with subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True) as run:
         until = time.monotonic() + 120
@@ -134,10 +138,17 @@ def test_ctrl_c_in_the_middle_of_a_batch_ends_the_run_and_the_engine(tiny_model,
         assert started.is_file(), run.communicate()[1]
         pid = int(started.read_text())
         assert is_alive(pid)
+        while len(journaled(tmp_path)) < 3 and time.monotonic() < until:
+            time.sleep(0.05)
         run.send_signal(signal.SIGINT)
         assert "interrupted; finished stages and responses are kept" in run.communicate(timeout=60)[1]
     assert run.returncode == 130
     assert ends(pid)
+    assert len(journaled(tmp_path)) == 3  # the protocol, and the two answers that had come
+
+
+def journaled(folder: Path) -> list[str]:
+    return [line for path in (folder / "results" / "journals").rglob("*.jsonl") for line in path.read_text().splitlines()]
 
 
 def test_ctrl_c_reaches_the_harness_alone(worker):
@@ -214,26 +225,129 @@ def test_a_bf16_checkpoint_needs_no_kernels_and_must_load_as_bf16(served_folder,
         assert engine.protocol["asked_kernels"] == "bf16"
         assert engine.context_length == 4095
         with pytest.raises(EngineError, match="likelihood of a continuation is not finite"):
-            engine.answer([Request(token_ids=(1,), continuation=(2,))])
+            list(engine.answer([Request(token_ids=(1,), continuation=(2,))]))
         with pytest.raises(EngineError, match="carries no seed"):
-            engine.answer([Request(token_ids=(1,), sampling=Sampling(max_tokens=1, until=(), temperature=1.0))])
+            list(engine.answer([Request(token_ids=(1,), sampling=Sampling(max_tokens=1, until=(), temperature=1.0))]))
     finally:
         engine.close()
 
 
-def test_batches_are_large_of_one_kind_and_do_not_depend_on_the_order_of_equals(served_folder, monkeypatch):
-    monkeypatch.setenv("FAKE_LINEAR", "bf16")
-    engine = VllmEngine(served_folder(), None, eos_ids={1}, kernels=None, args={"max_num_seqs": 2})
-    engine.close()
-    sampling = Sampling(max_tokens=1, until=())
-    requests = [Request(token_ids=(0,) * (1 + i % 3), sampling=sampling) for i in range(9)]
-    requests.insert(4, Request(token_ids=(0,), continuation=(1,)))
-    batches = engine.plan(requests)
-    assert [len(batch) for batch in batches] == [8, 1, 1]
-    assert sorted(i for batch in batches for i in batch) == list(range(10))
-    assert batches[-1] == [4]
-    lengths = [len(requests[i].token_ids) for i in batches[0]]
-    assert lengths == sorted(lengths, reverse=True)
+class Letters:
+    """A tokenizer of single letters."""
+
+    def decode(self, token_ids, **options):
+        return "".join(chr(i) for i in token_ids)
+
+
+@pytest.fixture
+def served(served_folder, monkeypatch):
+    """Starts engines over the fake process; `say` are its instructions."""
+    engines = []
+
+    def start(args=None, **say):
+        for name, value in {"linear": "bf16", **say}.items():
+            monkeypatch.setenv(f"FAKE_{name.upper()}", str(value))
+        engines.append(VllmEngine(served_folder(), Letters(), eos_ids={1}, kernels=None, args=args or {}))
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        engine.close()
+
+
+def requests_of(texts, **sampling):
+    sampling = Sampling(**{"max_tokens": 5, "until": (), **sampling})
+    return [Request(token_ids=tuple(map(ord, text)), sampling=sampling) for text in texts]
+
+
+def test_answers_are_given_as_they_finish_whatever_the_order(served):
+    engine = served()
+    assert not engine.answers_depend_on_batch
+    requests = requests_of(["abc", "bcd", "cde"])
+    assert engine.plan(requests) == [[0, 1, 2]] and engine.plan([]) == []
+    given = list(engine.answer(requests))
+    assert [place for place, _ in given] == [2, 1, 0]
+    assert [(answer.text, answer.finish_reason) for _, answer in given] == [("cd", "stop"), ("bc", "stop"), ("ab", "stop")]
+
+
+@pytest.mark.parametrize(
+    ("then", "message"), [("die", "ended with status 7 while it was asked to answer; .*\nlast words"), ("fail", "no such luck")]
+)
+def test_what_came_before_the_process_failed_is_journaled_and_not_asked_again(served, tmp_path, then, message):
+    requests = requests_of(["ab", "bc", "cd", "de"])
+    engine = served(answers=2, then=then)
+    protocol = {"weights": "w", "task": "t"}
+    with Journal(tmp_path, protocol) as journal, pytest.raises(EngineError, match=f"(?s){message}"):
+        answer_requests(engine, journal, requests)
+    kept = journal.path.read_bytes()
+    assert kept.count(b"\n") == 3
+    engine = served(answers=4, then="")
+    asked = []
+    engine._shares = lambda batch: asked.extend(batch) or VllmEngine._shares(engine, batch)
+    with Journal(tmp_path, protocol) as journal:
+        found = answer_requests(engine, journal, requests)
+    assert [answer.text for answer in found] == ["ab", "bc", "cd", "de"]
+    assert asked == requests[2:]
+    assert journal.path.read_bytes().startswith(kept)
+
+
+def test_an_engine_that_nobody_listens_to_is_ended_at_once(served):
+    engine = served()
+    answers = engine.answer(requests_of(["ab", "bc", "cd"]))
+    next(answers)
+    began = time.monotonic()
+    answers.close()
+    assert not is_alive(engine.worker.pid) and time.monotonic() - began < 2
+    with pytest.raises(EngineError, match="the engine process has ended; it cannot be asked to answer"):
+        list(engine.answer(requests_of(["ab"])))
+
+
+def test_a_stream_ends_for_each_process_by_itself_and_an_error_of_one_ends_the_others():
+    command, environment = COMMAND, {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    first, second, third = (Worker(command, environment) for _ in range(3))
+    try:
+        count = {"do": "count", "n": 5}
+        found = [(reply["pid"], reply["n"]) for reply in stream([(first, count), (second, count | {"n": 0})])]
+        assert found == [(first.pid, n) for n in range(5)]
+        assert [reply["n"] for reply in stream([(second, count)])] == list(range(5))
+        got = []
+        with pytest.raises(EngineError, match="could not count: RuntimeError: no such luck"):
+            for reply in stream([(first, count | {"then": "fail"}), (third, count | {"n": 1, "then": "hang"})]):
+                got.append((reply["pid"], reply["n"]))
+        assert {(first.pid, n) for n in range(5)} <= set(got)
+        assert is_alive(first.pid) and not is_alive(third.pid)
+        assert first.ask({"do": "echo", "value": 1})["value"] == 1
+    finally:
+        for worker in (first, second, third):
+            worker.close()
+
+
+def test_a_prompt_travels_once_and_all_its_repeats_go_to_one_copy_of_the_model(served, monkeypatch):
+    monkeypatch.setattr(vllm_engine, "vllm_device_kind", lambda: "cuda H200")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7,9")
+    engine = served({"data_parallel_size": 2, "tensor_parallel_size": 2})
+    devices = [Path(f"/proc/{w.pid}/environ").read_bytes().split(b"\0") for w in engine.workers]
+    assert b"CUDA_VISIBLE_DEVICES=3,5" in devices[0] and b"CUDA_VISIBLE_DEVICES=7,9" in devices[1]
+    assert "data_parallel_size" not in engine.options and engine.protocol["data_parallel_size"] == 2
+    requests = requests_of(["ab", "bc", "ab", "cd", "bc"])
+    first, second = engine._shares(requests)
+    assert [len(first["prompts"]), len(second["prompts"])] == [2, 1]
+    assert [r["place"] for r in first["requests"]] == [0, 2, 3] and [r["place"] for r in second["requests"]] == [1, 4]
+    found = dict(engine.answer(requests))
+    assert [found[i].text for i in range(5)] == ["ab", "bc", "ab", "cd", "bc"]
+
+
+def test_too_few_gpus_for_the_copies_are_named_before_anything_is_loaded(served, monkeypatch):
+    monkeypatch.setattr(vllm_engine, "vllm_device_kind", lambda: "cuda H200")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    with pytest.raises(EngineError, match="data_parallel_size 2 with tensor_parallel_size 2 needs 4 GPUs, found 2; allowed"):
+        served({"data_parallel_size": 2, "tensor_parallel_size": 2})
+
+
+def test_a_setting_that_vllm_changed_by_itself_ends_the_engine(served):
+    served({"enable_prefix_caching": True}, settings='{"enable_prefix_caching": true}')
+    with pytest.raises(EngineError, match="enable_prefix_caching is to be True, but vLLM runs this model here with False"):
+        served({"enable_prefix_caching": True}, settings='{"enable_prefix_caching": false}')
 
 
 @pytest.mark.parametrize(
@@ -265,6 +379,14 @@ def test_batches_are_large_of_one_kind_and_do_not_depend_on_the_order_of_equals(
         (None, {}, {"head_dim": 80}, {"kv_cache_dtype": "fp8"}, "FP8 KV cache on a CPU needs .* found 80"),
         (None, {}, {"auto_map": {"AutoConfig": "x.Y"}}, {}, "asks for remote code, which this engine does not run"),
         (None, {}, {}, {"tensor_parallel_size": 2}, "tensor_parallel_size: found 2; on a CPU allowed: 1"),
+        (None, {}, {}, {"data_parallel_size": 2}, "data_parallel_size: found 2; on a CPU allowed: 1"),
+        (
+            None,
+            {},
+            {},
+            {"max_num_batched_tokens": 512},
+            "max_num_batched_tokens: found 512, below the context of 4096: .* allowed here: at least 4096",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_loading(served_folder, kernels, tensors, config, args, message):
@@ -290,6 +412,9 @@ def test_options_do_not_depend_on_what_is_installed_and_hold_what_the_suite_says
     options = vllm_options(folder, kernels=None, args={"kv_cache_memory_gib": 0.5, "max_model_len": 512})
     assert (options["kv_cache_memory_bytes"], options["max_model_len"]) == (2**29, 512)
     assert options["max_num_batched_tokens"] >= options["max_model_len"]
+    assert not options["enable_chunked_prefill"] and not options["enable_prefix_caching"]
+    small = vllm_options(folder, kernels=None, args={"max_num_batched_tokens": 512, "enable_prefix_caching": True})
+    assert small["enable_chunked_prefill"] and small["enable_prefix_caching"] and small["max_num_batched_tokens"] == 512
 
 
 def test_head_sizes_are_read_from_nested_configs_too():

@@ -1,11 +1,12 @@
-"""What an engine is: requests in, answers out, in batches that are planned before the first one runs."""
+"""What an engine is: requests in, answers out as they finish, in batches that are planned before the first one runs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 
@@ -33,7 +34,7 @@ class Request:
     repeat: int = 0
     seed: int | None = None
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """sha256 of the prompt's token ids and the continuation: what is asked, whoever answers and however often."""
         asked: dict[str, Any] = {"token_ids": self.token_ids, "media": [], "continuation": self.continuation}
@@ -59,11 +60,25 @@ class Likelihood:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A request that got no answer, after all that the engine tried itself; asked again by the next run."""
+
+    reason: str
+
+
+Outcome = Answer | Likelihood | Failure
+
+
 class Engine(Protocol):
     """Answers requests with one model.
 
     kernels: what computes each class of module, read from the loaded model.
     protocol: everything of the engine that can change an answer: kind, version, arguments.
+    answers_depend_on_batch: an answer belongs to the batch that it was planned in, and a batch that was interrupted is asked
+        again whole; otherwise each response stands for itself.
+    backend: what computes fake quantization in this process; None where another process computes.
+    flags: what a reader of its figures must know, such as "unverified".
     """
 
     tokenizer: Any
@@ -71,15 +86,27 @@ class Engine(Protocol):
     context_length: int
     kernels: dict[str, str]
     protocol: dict[str, Any]
+    answers_depend_on_batch: bool
+    backend: str | None
+    flags: tuple[str, ...]
 
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Indices of `requests` in batches. Answers may depend on the batch, so a batch is answered whole or again."""
+        """Indices of `requests` in batches, each of which is one call of `answer`."""
 
-    def answer(self, batch: Sequence[Request]) -> list[Answer | Likelihood]:
-        """The answers of one planned batch, in its order."""
+    def answer(self, batch: Sequence[Request]) -> Iterator[tuple[int, Outcome]]:
+        """What came of each request of a planned batch, as (place in the batch, outcome), as it finishes."""
+
+
+def identity(request: Request) -> str:
+    """What one response answers: the request, its complete sampling parameters, the repeat and its seed."""
+    sampling = None if request.sampling is None else asdict(request.sampling)
+    return _digest([request.hash, sampling, request.repeat, request.seed])
 
 
 def batch_digest(batch: Sequence[Request]) -> str:
-    """Identity of a planned batch: its requests in order, with their sampling parameters, repeats and seeds."""
-    members = [(r.hash, None if r.sampling is None else asdict(r.sampling), r.repeat, r.seed) for r in batch]
-    return hashlib.sha256(json.dumps(members).encode()).hexdigest()[:16]
+    """Identity of a planned batch: its requests in order."""
+    return _digest([identity(request) for request in batch])[:16]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]

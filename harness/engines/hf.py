@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from harness.engines import Answer, Likelihood, Request, Sampling
+from harness.engines import Answer, Likelihood, Outcome, Request, Sampling
 from harness.errors import EngineError
 from qad.checkpoint import Loaded
 
@@ -28,9 +28,14 @@ SHORTLIST = 1024
 class HfEngine:
     """Answers with a loaded checkpoint. Batches are of equal kind and sampling, sorted by length."""
 
+    answers_depend_on_batch = True
+    flags: tuple[str, ...] = ()
+
     def __init__(self, loaded: Loaded, tokenizer: Any, *, eos_ids: set[int], args: dict[str, Any]) -> None:
         self.model = loaded.model
-        self.kernels, self.backend = loaded.kernels, loaded.backend
+        self.model.generation_config = GenerationConfig()  # transformers takes from it what a request leaves open
+        self.kernels = loaded.kernels
+        self.backend: str | None = loaded.backend
         self.tokenizer = tokenizer
         self.eos_ids = frozenset(eos_ids)
         self.context_length = int(self.model.config.max_position_embeddings)
@@ -49,11 +54,11 @@ class HfEngine:
         return batches
 
     @torch.no_grad()
-    def answer(self, batch: Sequence[Request]) -> list[Answer | Likelihood]:
+    def answer(self, batch: Sequence[Request]) -> Iterator[tuple[int, Outcome]]:
         sampling = batch[0].sampling
-        return self._likelihoods(batch) if sampling is None else self._generate(batch, sampling)
+        return iter(enumerate(self._likelihoods(batch) if sampling is None else self._generate(batch, sampling)))
 
-    def _generate(self, batch: Sequence[Request], sampling: Sampling) -> list[Answer | Likelihood]:
+    def _generate(self, batch: Sequence[Request], sampling: Sampling) -> list[Answer]:
         draws = LogitsProcessorList([SeededDraws(sampling, [r.seed for r in batch])] if sampling.temperature > 0 else [])
         began = time.perf_counter()
         width = max(len(r.token_ids) for r in batch)
@@ -75,7 +80,7 @@ class HfEngine:
         seconds = (time.perf_counter() - began) / len(batch)
         return [read_answer(self.tokenizer, self.eos_ids, row[width:].tolist(), sampling, seconds) for row in generated]
 
-    def _likelihoods(self, batch: Sequence[Request]) -> list[Answer | Likelihood]:
+    def _likelihoods(self, batch: Sequence[Request]) -> list[Likelihood]:
         began = time.perf_counter()
         rows = [[*r.token_ids, *(r.continuation or ())] for r in batch]
         width = max(map(len, rows))

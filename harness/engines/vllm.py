@@ -1,26 +1,27 @@
-"""vLLM behind the engine protocol: checks what it can serve, starts its process, asks it in large planned batches.
+"""vLLM behind the engine protocol: checks what it can serve, starts its processes, passes answers on as each finishes.
 
 `kernels` says what is asked for; what the loaded modules carry is read back, and a difference ends the engine before the
 first prompt. Likelihoods come from the log probabilities of the prompt's own tokens; whole distributions never travel.
+Data parallelism is so many whole copies of the model, each a process with GPUs of its own; requests of one prompt go to one.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness.engines import Answer, Likelihood, Request
+from harness.engines import Answer, Likelihood, Outcome, Request
 from harness.engines.hf import read_answer
-from harness.engines.worker import Worker
+from harness.engines.worker import Worker, stream
 from harness.errors import EngineError
 from harness.numerics import versions
-from harness.provenance import VLLM_PACKAGES, package_versions, vllm_device_kind
+from harness.provenance import VLLM_PACKAGES, gpu_count, package_versions, vllm_device_kind
 from qad.errors import CheckpointError
 from qad.footprint import tensor_types
 from qad.layouts import Scheme
@@ -28,15 +29,15 @@ from qad.packed import read_config, scheme_of
 from qad.vllm_plugin import CHOICES as OURS
 from qad.vllm_plugin import VARIABLE
 
-VERSION = 1
+VERSION = 2
 KERNELS = ("native", "w4a4_emulation", "w4a16")
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that vLLM's attention on a CPU takes."""
 DEFAULT_MAX_MODEL_LEN = 8192
 DEFAULT_MAX_NUM_SEQS = 64
 DEFAULT_CPU_CACHE_GIB = 2.0
-BATCHES_OF_SEQS = 4
-"""A planned batch holds this many times the sequences that vLLM runs at once."""
+MIN_BATCHED_TOKENS = 8192
+"""Tokens that vLLM computes in a step where a suite does not say and the context is shorter."""
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions of ours are sent to vLLM's own worker processes
@@ -58,20 +59,28 @@ class VllmEngine:
         EngineError: vLLM is not installed, cannot serve this checkpoint here, or loads other kernels than asked for.
     """
 
+    answers_depend_on_batch = False
+    backend: str | None = None
+    flags: tuple[str, ...] = ()
+
     def __init__(self, folder: Path, tokenizer: Any, *, eos_ids: set[int], kernels: str | None, args: dict[str, Any]) -> None:
         require_servable(folder, kernels=kernels, args=args)
-        scheme = _scheme(folder)
-        is_quantized = scheme is not None
+        asked = asked_kernels(folder, kernels=kernels, args=args)
         self.tokenizer, self.eos_ids = tokenizer, frozenset(eos_ids)
-        self.options = vllm_options(folder, kernels=kernels if is_quantized else None, args=args)
+        self.options = vllm_options(folder, kernels=asked["linear"], args=args)
         self.context_length = self.options["max_model_len"] - 1  # a likelihood request generates one token, which is dropped
-        self.backend = None
-        asked = kernels if is_quantized else "bf16"
-        self.worker = Worker(worker_command(), worker_environment(asked))
+        self.workers = [
+            Worker(worker_command(), worker_environment(asked["linear"]) | devices)
+            for devices in worker_devices(self.options, args)
+        ]
         try:
-            loaded = self.worker.ask({"do": "load", "folder": str(folder), "options": self.options})
-            self.kernels: dict[str, str] = loaded["kernels"]
-            require_kernels({"linear": asked, "kv_cache": _asked_cache(scheme, args)}, self.kernels, folder)
+            for worker in self.workers:
+                worker.send({"do": "load", "folder": str(folder), "options": self.options})
+            for worker in self.workers:
+                loaded = worker.receive("load")
+                self.kernels: dict[str, str] = loaded["kernels"]
+                require_kernels(asked, self.kernels, folder)
+                require_settings(self.options, loaded["settings"])
         except BaseException:
             self.close()
             raise
@@ -79,45 +88,54 @@ class VllmEngine:
             "engine": "vllm",
             "version": VERSION,
             "numerics_vllm": versions()["vllm"],
-            "asked_kernels": asked,
+            "asked_kernels": asked["linear"],
             "options": self.options,
+            "data_parallel_size": len(self.workers),
             "vllm": loaded["vllm"],
             "device": vllm_device_kind(),
             "engine_packages": package_versions(VLLM_PACKAGES),
         }
 
-    def plan(self, requests: Sequence[Request]) -> list[list[int]]:
-        size = BATCHES_OF_SEQS * int(self.options["max_num_seqs"])
-        kinds: dict[bool, list[int]] = {}
-        for index, request in enumerate(requests):
-            kinds.setdefault(request.continuation is None, []).append(index)
-        batches = []
-        for members in kinds.values():
-            members.sort(key=lambda i: (-len(requests[i].token_ids) - len(requests[i].continuation or ()), i))
-            batches += [members[i : i + size] for i in range(0, len(members), size)]
-        return batches
+    @property
+    def worker(self) -> Worker:
+        """The process with the first copy of the model."""
+        return self.workers[0]
 
-    def answer(self, batch: Sequence[Request]) -> list[Answer | Likelihood]:
-        began = time.perf_counter()
-        if batch[0].sampling is None:
-            asked = [{"token_ids": r.token_ids, "continuation": r.continuation} for r in batch]
-            found = self.worker.ask({"do": "likelihood", "requests": asked})["likelihoods"]
-            if any(logprob is None for logprob, _ in found):
-                raise EngineError("the likelihood of a continuation is not finite; the model's logits overflow")
-            seconds = (time.perf_counter() - began) / len(batch)
-            return [Likelihood(logprob, is_greedy, seconds) for logprob, is_greedy in found]
-        asked = [_generation(request) for request in batch]
-        tokens = self.worker.ask({"do": "generate", "requests": asked, "eos_ids": sorted(self.eos_ids)})["token_ids"]
-        seconds = (time.perf_counter() - began) / len(batch)
-        return [
-            read_answer(self.tokenizer, self.eos_ids, row, request.sampling, seconds)
-            for row, request in zip(tokens, batch, strict=True)
-            if request.sampling is not None
-        ]
+    def plan(self, requests: Sequence[Request]) -> list[list[int]]:
+        """One batch of all: vLLM forms its own, and answers come one by one."""
+        return [list(range(len(requests)))] if requests else []
+
+    def answer(self, batch: Sequence[Request]) -> Iterator[tuple[int, Outcome]]:
+        """Each answer as it finishes; what had come before an EngineError has been given. Left unfinished it ends the engine."""
+        asked = [(worker, {"do": "answer", **share}) for worker, share in zip(self.workers, self._shares(batch), strict=True)]
+        with closing(stream(asked)) as replies:
+            for found in replies:
+                yield found["place"], self._read(batch[found["place"]], found)
+
+    def _shares(self, batch: Sequence[Request]) -> list[dict[str, Any]]:
+        """What each process is asked. A prompt travels once however often it is asked, and all of its requests together."""
+        shares: list[dict[str, Any]] = [{"prompts": [], "requests": [], "eos_ids": sorted(self.eos_ids)} for _ in self.workers]
+        numbers: dict[tuple[int, ...], tuple[int, int]] = {}
+        for place, request in enumerate(batch):
+            if request.token_ids not in numbers:
+                share = len(numbers) % len(shares)
+                numbers[request.token_ids] = (share, len(shares[share]["prompts"]))
+                shares[share]["prompts"].append(request.token_ids)
+            share, number = numbers[request.token_ids]
+            shares[share]["requests"].append({"place": place, "prompt": number, **_what(request)})
+        return shares
+
+    def _read(self, request: Request, found: dict[str, Any]) -> Answer | Likelihood:
+        if request.sampling is not None:
+            return read_answer(self.tokenizer, self.eos_ids, found["token_ids"], request.sampling, found["seconds"])
+        if found["logprob"] is None:
+            raise EngineError("the likelihood of a continuation is not finite; the model's logits overflow")
+        return Likelihood(found["logprob"], found["is_greedy"], found["seconds"])
 
     def close(self) -> None:
-        """End vLLM's process; a second call does nothing."""
-        self.worker.close()
+        """End vLLM's processes; a second call does nothing."""
+        for worker in self.workers:
+            worker.close()
 
 
 def available_kernels() -> dict[str, Any]:
@@ -140,6 +158,21 @@ def worker_environment(asked: str | None) -> dict[str, str]:
     return _ENVIRONMENT | {VARIABLE: asked if asked in OURS else ""}
 
 
+def worker_devices(options: dict[str, Any], args: dict[str, Any]) -> list[dict[str, str]]:
+    """By copy of the model, the variables that give it its share of the GPUs. EngineError if there are too few."""
+    n_copies, each = args.get("data_parallel_size", 1), options.get("tensor_parallel_size", 1)
+    if n_copies == 1:
+        return [{}]
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [str(i) for i in range(gpu_count())] if named is None else [name for name in named.split(",") if name]
+    if len(gpus) < n_copies * each:
+        raise EngineError(
+            f"engine.args: data_parallel_size {n_copies} with tensor_parallel_size {each} needs {n_copies * each} GPUs, found "
+            f"{len(gpus)}; allowed are products up to that number (CUDA_VISIBLE_DEVICES is {named!r})"
+        )
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each : (i + 1) * each])} for i in range(n_copies)]
+
+
 def require_vllm() -> None:
     """EngineError if vLLM is not installed; it is not imported here."""
     if importlib.util.find_spec("vllm") is None:
@@ -156,6 +189,22 @@ def require_kernels(asked: dict[str, str | None], found: dict[str, str], folder:
                 f"{folder}: {what[part].format(wanted, found[part])}; "
                 "nothing was asked of them. `harness doctor` says which kernels this machine can run"
             )
+
+
+def require_settings(options: dict[str, Any], found: dict[str, Any]) -> None:
+    """EngineError if vLLM runs with another setting than the options say: it changes some of them for some models by itself."""
+    for name, value in found.items():
+        if options.get(name, value) != value:
+            raise EngineError(
+                f"engine.args: {name} is to be {options[name]!r}, but vLLM runs this model here with {value!r}; nothing was asked of "
+                f"it. Allowed here: {value!r}"
+            )
+
+
+def asked_kernels(folder: Path, *, kernels: str | None, args: dict[str, Any]) -> dict[str, str | None]:
+    """What is asked to compute the checkpoint in `folder`, by class of module: a BF16 one is computed in BF16 in any case."""
+    scheme = _scheme(folder)
+    return {"linear": "bf16" if scheme is None else kernels, "kv_cache": _asked_cache(scheme, args)}
 
 
 def _asked_cache(scheme: Scheme | None, args: dict[str, Any]) -> str:
@@ -189,8 +238,16 @@ def require_servable(folder: Path, *, kernels: str | None, args: dict[str, Any])
         return
     if kernels == "native" and scheme is not None:
         raise EngineError(f"{folder}: vLLM has no native FP4 kernel for a CPU; allowed here: {', '.join(OURS)}")
-    if args.get("tensor_parallel_size", 1) != 1:
-        raise EngineError(f"engine.args.tensor_parallel_size: found {args['tensor_parallel_size']}; on a CPU allowed: 1")
+    for name in ("tensor_parallel_size", "data_parallel_size"):
+        if args.get(name, 1) != 1:
+            raise EngineError(f"engine.args.{name}: found {args[name]}; on a CPU allowed: 1")
+    options = vllm_options(folder, kernels=kernels, args=args)
+    if options["enable_chunked_prefill"]:
+        raise EngineError(
+            f"engine.args.max_num_batched_tokens: found {options['max_num_batched_tokens']}, below the context of "
+            f"{options['max_model_len']}: prompts would be computed in parts, which ends vLLM's seeded sampling on a CPU; allowed "
+            f"here: at least {options['max_model_len']}"
+        )
     size = head_size(config)
     if size not in CPU_HEAD_SIZES:
         raise EngineError(
@@ -209,11 +266,16 @@ def require_servable(folder: Path, *, kernels: str | None, args: dict[str, Any])
 
 def vllm_options(folder: Path, *, kernels: str | None, args: dict[str, Any]) -> dict[str, Any]:
     """The options that vLLM is started with: those of the suite, and defaults that do not depend on what is installed."""
-    given = dict(args)
+    given = {name: value for name, value in args.items() if name != "data_parallel_size"}
     context = min(
-        int(_text_config(_config(folder)).get("max_position_embeddings", DEFAULT_MAX_MODEL_LEN)), DEFAULT_MAX_MODEL_LEN
+        int(text_config(_config(folder)).get("max_position_embeddings", DEFAULT_MAX_MODEL_LEN)), DEFAULT_MAX_MODEL_LEN
     )
-    options: dict[str, Any] = {"max_model_len": context, "max_num_seqs": DEFAULT_MAX_NUM_SEQS, "enforce_eager": True}
+    options: dict[str, Any] = {
+        "max_model_len": context,
+        "max_num_seqs": DEFAULT_MAX_NUM_SEQS,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+    }
     is_cpu = vllm_device_kind().startswith("cpu")
     cache_gib = given.pop("kv_cache_memory_gib", DEFAULT_CPU_CACHE_GIB if is_cpu else None)
     if cache_gib is not None:
@@ -221,20 +283,23 @@ def vllm_options(folder: Path, *, kernels: str | None, args: dict[str, Any]) -> 
     if kernels == "w4a16" and not is_cpu:
         options["linear_backend"] = "marlin"
     options |= given
-    return options | {"max_num_batched_tokens": max(8192, options["max_model_len"])}
+    options.setdefault("max_num_batched_tokens", max(MIN_BATCHED_TOKENS, options["max_model_len"]))
+    # a prompt is computed in parts only where a step is too small for it: seeds on a CPU fail for those
+    return options | {"enable_chunked_prefill": options["max_num_batched_tokens"] < options["max_model_len"]}
 
 
 def head_size(config: dict[str, Any]) -> int:
     """The size of an attention head, by a model's config.json."""
-    text = _text_config(config)
+    text = text_config(config)
     return int(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
 
 
-def _generation(request: Request) -> dict[str, Any]:
-    assert request.sampling is not None
+def _what(request: Request) -> dict[str, Any]:
+    if request.sampling is None:
+        return {"continuation": request.continuation}
     if request.sampling.temperature > 0 and request.seed is None:
         raise EngineError("a sampled request carries no seed; its answer could not be repeated")
-    return {"token_ids": request.token_ids, "seed": request.seed, **asdict(request.sampling)}
+    return {"seed": request.seed, **asdict(request.sampling)}
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -261,5 +326,6 @@ def _ours() -> Iterator[None]:
         raise EngineError(str(error)) from error
 
 
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a model's config.json that is about its language model."""
     return dict(config.get("text_config") or config)

@@ -6,8 +6,11 @@ states can be read from the loaded modules.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import time
+from collections.abc import Iterator
 from typing import Any
 
 NATIVE = (
@@ -36,6 +39,9 @@ _KERNELS = dict.fromkeys(NATIVE, "native") | dict.fromkeys(WEIGHT_ONLY, "w4a16")
 
 class Server:
     """What the harness may ask for."""
+
+    def __init__(self) -> None:
+        self._names = itertools.count()
 
     def probe(self) -> dict[str, Any]:
         """What vLLM's own kernel table offers on this machine: by choice of `engine.kernels`, a kernel class or None."""
@@ -66,50 +72,49 @@ class Server:
             tokenizer=folder,
             dtype="bfloat16",
             generation_config="vllm",
-            enable_prefix_caching=False,
-            # a seed on a CPU fails for partly prefilled requests: every prompt is prefilled whole
-            enable_chunked_prefill=False,
             disable_log_stats=True,
             **options,
         )
         found = self.llm.apply_model(read_kernels)
         if any(other != found[0] for other in found):
             raise RuntimeError(f"the workers of one model compute with different kernels: {found}")
-        return {"kernels": found[0], "vllm": vllm.__version__}
+        return {"kernels": found[0], "vllm": vllm.__version__, "settings": self._settings()}
 
-    def generate(self, requests: list[dict[str, Any]], eos_ids: list[int]) -> dict[str, Any]:
-        """Token ids of the response to each request."""
-        from vllm import SamplingParams
+    def _settings(self) -> dict[str, Any]:
+        """What vLLM made of the options that it may change by itself."""
+        config = self.llm.llm_engine.vllm_config
+        names = ("enable_prefix_caching", "mamba_cache_dtype", "mamba_ssm_cache_dtype")
+        found = {name: getattr(config.cache_config, name) for name in names}
+        names = ("enable_chunked_prefill", "max_num_batched_tokens", "max_num_seqs")
+        return found | {name: getattr(config.scheduler_config, name) for name in names}
 
-        settings = [
-            SamplingParams(
-                max_tokens=r["max_tokens"],
-                temperature=r["temperature"],
-                top_p=r["top_p"],
-                top_k=r["top_k"],
-                seed=r["seed"],
-                min_tokens=r.get("min_tokens", 0),
-                stop=r["until"],
-                stop_token_ids=eos_ids,
-            )
-            for r in requests
-        ]
-        outputs = self._run([r["token_ids"] for r in requests], settings)
-        return {"token_ids": [list(output.outputs[0].token_ids) for output in outputs]}
+    def answer(self, prompts: list[list[int]], requests: list[dict[str, Any]], eos_ids: list[int]) -> Iterator[dict[str, Any]]:
+        """What came of each request, as it finishes: {"place", "seconds", and "token_ids" or "logprob" and "is_greedy"}.
 
-    def likelihood(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
-        """Summed log probability of each continuation, and whether each of its tokens is the most likely one."""
-        from vllm import SamplingParams
-
-        prompts = [r["token_ids"] + r["continuation"] for r in requests]
-        outputs = self._run(prompts, SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False))
-        found = []
-        for request, output in zip(requests, outputs, strict=True):
-            start = len(request["token_ids"])
-            chosen = [output.prompt_logprobs[start + i][token] for i, token in enumerate(request["continuation"])]
-            total = math.fsum(token.logprob for token in chosen)
-            found.append([total if math.isfinite(total) else None, all(token.rank == 1 for token in chosen)])
-        return {"likelihoods": found}
+        A request has a place of the asker's, the number of its prompt, and a continuation or all sampling parameters. seconds:
+        since vLLM got it. As many are in vLLM as run at once; the next one enters when one has finished.
+        """
+        engine = self.llm.llm_engine
+        waiting = iter(requests)
+        entered: dict[str, tuple[dict[str, Any], float]] = {}
+        try:
+            while True:
+                room = engine.vllm_config.scheduler_config.max_num_seqs - len(entered)
+                for request in itertools.islice(waiting, room):
+                    name = str(next(self._names))
+                    token_ids = prompts[request["prompt"]] + (request.get("continuation") or [])
+                    engine.add_request(name, {"type": "token", "prompt_token_ids": token_ids}, settings_of(request, eos_ids))
+                    entered[name] = (request, time.perf_counter())
+                if not entered:
+                    return
+                for output in engine.step():
+                    if output.finished:
+                        request, began = entered.pop(output.request_id)
+                        found = read_output(output, len(prompts[request["prompt"]]), request.get("continuation"))
+                        yield {"place": request["place"], "seconds": time.perf_counter() - began, **found}
+        finally:
+            if entered:
+                engine.abort_request(list(entered))
 
     def modules(self) -> dict[str, Any]:
         """The quantized linear modules: kernel class, and the tensor scales in use."""
@@ -144,15 +149,53 @@ class Server:
         try:
             for index, token_ids in enumerate(sequences):
                 seen.clear()
-                self._run([token_ids], SamplingParams(max_tokens=1, temperature=0, detokenize=False))
+                settings = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+                self.llm.generate([{"prompt_token_ids": token_ids}], settings, use_tqdm=False)
                 found[str(index)] = seen[0][: len(token_ids)].cpu().clone()
         finally:
             handle.remove()
         save_file(found, path)
         return {}
 
-    def _run(self, prompts: list[list[int]], settings: Any) -> Any:
-        return self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings, use_tqdm=False)
+
+def settings_of(request: dict[str, Any], eos_ids: list[int]) -> Any:
+    """Complete sampling parameters of a request; a likelihood generates one token, which nobody reads.
+
+    Only the given tokens end a text: vLLM would add those of the repository's generation_config.json, even when it is told not to
+    take anything else from it.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    if request.get("continuation") is not None:
+        return SamplingParams(
+            max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+    return SamplingParams(
+        n=1,
+        max_tokens=request["max_tokens"],
+        temperature=request["temperature"],
+        top_p=request["top_p"],
+        top_k=request["top_k"],
+        min_p=0.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        repetition_penalty=1.0,
+        seed=request["seed"],
+        stop=request["until"],
+        ignore_eos=True,
+        stop_token_ids=eos_ids,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def read_output(output: Any, n_prompt: int, continuation: list[int] | None) -> dict[str, Any]:
+    """The tokens of a response; or the continuation's summed log probability, None where it is not finite, and its greediness."""
+    if continuation is None:
+        return {"token_ids": list(output.outputs[0].token_ids)}
+    chosen = [output.prompt_logprobs[n_prompt + i][token] for i, token in enumerate(continuation)]
+    total = math.fsum(token.logprob for token in chosen)
+    return {"logprob": total if math.isfinite(total) else None, "is_greedy": all(token.rank == 1 for token in chosen)}
 
 
 def kernel_of(module: Any) -> Any:

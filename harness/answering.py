@@ -1,0 +1,87 @@
+"""Requests over an engine and a journal: what is journaled is not asked again, what finishes is journaled at once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+from harness.engines import Engine, Failure, Outcome, Request, identity
+from harness.errors import EngineError
+from harness.journal import Journal
+
+
+def answer_requests(
+    engine: Engine,
+    journal: Journal,
+    requests: Sequence[Request],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Outcome]:
+    """What came of each request, in order.
+
+    Where an engine's answers depend on the batch, batches are planned from all of `requests`, and a batch that is not journaled
+    whole is asked again whole. Otherwise what the journal lacks is asked, and each response is journaled as it arrives. Requests that are
+    equal in everything, of two questions with one text, are asked once.
+
+    Args:
+        on_progress: called with (requests settled, requests in all).
+    """
+    places: dict[str, list[int]] = {}
+    for index, request in enumerate(requests):
+        places.setdefault(identity(request), []).append(index)
+    first = [indices[0] for indices in places.values()]
+    settled = _answer([requests[i] for i in first], engine, journal, on_progress)
+    found = {index: outcome for outcome, indices in zip(settled, places.values(), strict=True) for index in indices}
+    return [found[index] for index in range(len(requests))]
+
+
+def _answer(
+    requests: Sequence[Request], engine: Engine, journal: Journal, on_progress: Callable[[int, int], None]
+) -> list[Outcome]:
+    """`answer_requests` for requests that differ."""
+    found: dict[int, Outcome] = {}
+
+    def settle(index: int, outcome: Outcome) -> None:
+        found[index] = outcome
+        on_progress(len(found), len(requests))
+
+    on_progress(0, len(requests))
+    if engine.answers_depend_on_batch:
+        for members in engine.plan(requests):
+            batch = [requests[i] for i in members]
+            outcomes: list[Outcome] | None = list(journal.find_batch(batch) or ())
+            if not outcomes:
+                by_place = dict(engine.answer(batch))
+                outcomes = [by_place[place] for place in range(len(batch))]
+                journal.append_batch(batch, outcomes)
+            for index, outcome in zip(members, outcomes, strict=True):
+                settle(index, outcome)
+        return [found[index] for index in range(len(requests))]
+    asked = []
+    for index, request in enumerate(requests):
+        known = journal.find(request)
+        if known is None:
+            asked.append(index)
+        else:
+            settle(index, known)
+    missing = [requests[i] for i in asked]
+    for members in engine.plan(missing):
+        batch = [missing[i] for i in members]
+        for place, outcome in engine.answer(batch):
+            journal.append(batch[place], outcome)
+            settle(asked[members[place]], outcome)
+    return [found.get(index, Failure("the engine gave no answer")) for index in range(len(requests))]
+
+
+def require_fit(question: str, n_prompt: int, n_answer: int, context_length: int) -> None:
+    """EngineError if a question needs more tokens than the context holds."""
+    if n_prompt + n_answer > context_length:
+        raise EngineError(
+            f"{question}: {n_prompt:,} prompt tokens and {n_answer:,} to answer are more than the context of {context_length:,}; prompts "
+            "are never cut to fit: lower max_tokens, or give the engine a longer context"
+        )
+
+
+def seed_of(sampling_seed: int, request_hash: str, repeat: int) -> int:
+    """The seed of one response: another for every request and repeat, the same for every variant."""
+    digest = hashlib.sha256(f"{sampling_seed}:{request_hash}:{repeat}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") & 0x7FFFFFFF
