@@ -7,38 +7,85 @@ from pathlib import Path
 
 from harness import loading
 from harness.engines.hf import HfEngine
-from harness.engines.vllm import VllmEngine, require_servable
+from harness.engines.server import ServerEngine, key_of, require_plugin
+from harness.engines.vllm import VllmEngine, require_servable, text_config, vllm_options
 from harness.schema import Engine
+from harness.schema_server import Endpoint
 from qad.checkpoint import Loaded
+from qad.packed import read_config
 
 
 class Serving:
-    """Makes engines; vLLM's process stays up for the next task of the same checkpoint. Close it when done."""
+    """Makes engines; a process or server of ours stays up for the next task of the same checkpoint. Close it when done.
 
-    def __init__(self, section: Engine) -> None:
-        self.section = section
-        self._served: tuple[str, VllmEngine] | None = None
+    Args:
+        endpoints: the servers that the variants name, in place of those that kind "server" would start.
+        records: folder for what is known of those servers, beside the journals.
+    """
+
+    def __init__(self, section: Engine, *, endpoints: tuple[Endpoint, ...] = (), records: Path | None = None) -> None:
+        self.section, self.endpoints, self.records = section, endpoints, records
+        self._served: tuple[tuple[str, Endpoint | None], VllmEngine | ServerEngine] | None = None
 
     def require(self, folder: Path) -> None:
         """EngineError, before anything is loaded, if the engine cannot serve the checkpoint in `folder`."""
-        if self.section.kind == "vllm":
+        for endpoint in self.endpoints:
+            key_of(endpoint)
+        if self._is_vllm and self.section.kind == "server":
+            require_plugin(self.section.kernels)
+        if self._is_vllm:
             require_servable(folder, kernels=self.section.kernels, args=self.section.args)
 
-    def engine(self, key: str, folder: Path, load: Callable[[], Loaded]) -> HfEngine | VllmEngine:
-        """The engine with the checkpoint `key` in `folder`; `load` gives it in memory, where the engine needs that."""
-        if self._served is not None and self._served[0] == key:
-            return self._served[1]
-        tokenizer = loading.load_tokenizer(folder)
-        eos_ids = loading.eos_ids(folder, tokenizer)
+    @property
+    def _is_vllm(self) -> bool:
+        """Whether a vLLM of this environment answers, in a process of ours or as a server that is started by default."""
+        has_own_command = self.section.launch is not None and self.section.launch.command is not None
+        return self.section.kind == "vllm" or (self.section.kind == "server" and not self.endpoints and not has_own_command)
+
+    def context_length(self, folder: Path) -> int | None:
+        """Tokens that the engine will hold with a model such as the one in `folder`; None where a server decides."""
         if self.section.kind == "hf":
-            return HfEngine(load(), tokenizer, eos_ids=eos_ids, args=self.section.args)
+            return int(text_config(read_config(folder))["max_position_embeddings"])
+        if self._is_vllm:
+            return int(vllm_options(folder, kernels=None, args=self.section.args)["max_model_len"]) - 1
+        return None
+
+    def engine(
+        self, key: str, folder: Path, load: Callable[[], Loaded], *, weights: str = "", endpoint: Endpoint | None = None
+    ) -> HfEngine | VllmEngine | ServerEngine:
+        """The engine with the checkpoint `key` in `folder`.
+
+        Args:
+            load: gives it in memory, where the engine needs that.
+            weights: its fingerprint; endpoint: the server that is said to serve it.
+        """
+        if self._served is not None and self._served[0] == (key, endpoint):
+            return self._served[1]
+        section, tokenizer = self.section, loading.load_tokenizer(folder)
+        eos_ids = loading.eos_ids(folder, tokenizer)
+        if section.kind == "hf":
+            return HfEngine(load(), tokenizer, eos_ids=eos_ids, args=section.args)
         self.close()
-        engine = VllmEngine(folder, tokenizer, eos_ids=eos_ids, kernels=self.section.kernels, args=self.section.args)
-        self._served = (key, engine)
+        engine: VllmEngine | ServerEngine
+        if section.kind == "vllm":
+            engine = VllmEngine(folder, tokenizer, eos_ids=eos_ids, kernels=section.kernels, args=section.args)
+        else:
+            engine = ServerEngine(
+                folder,
+                tokenizer,
+                eos_ids=eos_ids,
+                weights=weights,
+                kernels=section.kernels,
+                args=section.args,
+                records=self.records,
+                launch=section.launch,
+                endpoint=endpoint,
+            )
+        self._served = ((key, endpoint), engine)
         return engine
 
     def close(self) -> None:
-        """End vLLM's process, if there is one."""
+        """End the process or server of ours, if there is one."""
         if self._served is not None:
             self._served[1].close()
             self._served = None
