@@ -8,6 +8,7 @@ dash (`train.jsonl`, `train-00000-of-00002.parquet`), in the folder of the subse
 
 from __future__ import annotations
 
+import csv
 import glob
 import hashlib
 import json
@@ -53,7 +54,13 @@ def read_rows(name: str, section: Hub | Jsonl, found: RowFiles) -> Iterator[dict
         assert isinstance(section, Hub)
         yield from _streamed(name, section)
     for path in found.files:
-        yield from _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+        yield from file_rows(path)
+
+
+def file_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of one .jsonl, .parquet or .csv file (first line: the columns; every value is text), in order; DataError if it has none."""
+    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}
+    yield from readers[path.suffix](path)
 
 
 def _files(paths: list[Path], store: Store) -> RowFiles:
@@ -121,6 +128,20 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield from batch.to_pylist()
     except (ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"{path}: line {reader.line_num} has not the {len(reader.fieldnames or ())} values of the first line"
+                    )
+                yield row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: not a readable CSV file ({error})") from error
 
 
 def _streamed(name: str, section: Hub) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from harness.tasks.world import facts
 
+MINI_TASKS = ("mini_choice", "mini_context", "mini_math", "mini_recall")
 N_QUESTIONS = 200
 REQUESTS_A_QUESTION = {"mini_choice": 4}
 

@@ -1,0 +1,146 @@
+r"""What a response gives as its answer: the last box, a letter, a number. Pure functions on text; thinking was stripped before.
+
+"[invalid]" stands for a response that holds no answer. Of several answers the last one counts, as everywhere in the field; one that
+was never finished (`\boxed{12`) or is empty (`\boxed{}`, the instruction repeated) is none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
+
+from harness.stats import INVALID
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_BARE = re.compile(r"[^\s${}\\]+")
+_MINUS = str.maketrans("\u2212\uff0d\ufe63", "---")
+_MARKUP = re.compile(
+    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|boldsymbol|bf|rm)(?![A-Za-z])|\\?\$|[{}*_`]"
+)
+
+_ONE_LETTER = (
+    r"(?:\([ \t]{0,9}([A-Da-d])[ \t]{0,9}\)"
+    r"|([B-D])(?![\w'-])"
+    r"|(A)(?![\w'-])(?![ \t]+(?!(?:is|because|since|as)\b)[a-z])"  # not the article: "Answer: A catalyst …"
+    r"|([a-d])(?=[ \t]{0,9}[).]?[ \t]{0,9}$))"
+)
+_STATED = re.compile(
+    r"(?:\\(?:boxed|fbox)\s*|(?i:\b(?:answers?|option|choice)\s*(?::|=|\bis\b))[\s:]*)(?i:(?:option|choice)\s*)?" + _ONE_LETTER,
+    re.MULTILINE,
+)
+_LAST_LINE = re.compile(r"(?i:(?:the\s+)?(?:(?:correct|final|best)\s+)?(?:answer|option|choice)\s+)?\(?([A-D])(?:[).:,]|$)")
+_PARENTHESISED = re.compile(r"\(([A-D])\)")
+
+_THOUSANDS = re.compile(r"(?<=\d)(?:\\,|\\!|,\\!|\{,\})(?=\d{3}(?!\d))")
+_SPACED_THOUSANDS = re.compile(r"(?<=\d)[ \u00a0\u202f](?=\d{3}(?!\d))")
+_NUMBER = re.compile(r"(?<!\w)(?<!\d\.)-?(?:(?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)(?:\.\d+)?|(?<!\.)\.\d+)")
+_AFTER_NUMBER = re.compile(r"(?:\\%|%|\^\s*\\circ|\s+[A-Za-z][A-Za-z .%]*|[A-Za-z]{2}[A-Za-z .]*)?\s*\.?\s*")
+
+
+def first_of_each(extract: Callable[[str], str]) -> Callable[[Iterable[Sequence[str]], object], list[list[str]]]:
+    """`extract` for lm-eval's filter "custom": over all responses of every document, of which "take_first" takes one afterwards."""
+
+    def apply(responses: Iterable[Sequence[str]], documents: object) -> list[list[str]]:
+        return [[extract(response) for response in each] for each in responses]
+
+    return apply
+
+
+def last_box(text: str) -> str | None:
+    r"""Content of the last \boxed{} or \fbox{} that is closed and not empty, with the braces inside; None if there is none.
+
+    Without braces (`\boxed 5`) it is what follows, up to white space or a dollar sign. Linear in the text, whatever it repeats.
+    """
+    closed = _closing_braces(text)
+    for match in reversed(list(_BOX.finditer(text))):
+        start = match.end()
+        content = text[start + 1 : closed.get(start, start)] if text.startswith("{", start) else _bare(text, start)
+        if content.strip():
+            return content.strip().translate(_MINUS)
+    return None
+
+
+def extract_box(text: str) -> str:
+    """The content of the last box, or "[invalid]"."""
+    return last_box(text) or INVALID
+
+
+def extract_integer(text: str) -> str:
+    """The content of the last box: as plain digits where it is an integer of 0 to 999 ("012" is "12"), else as it stands."""
+    content = last_box(text)
+    if content is None:
+        return INVALID
+    value = whole_number(content.rpartition("=")[2])
+    return plain(value) if value is not None and 0 <= value <= 999 and value == int(value) else content
+
+
+def extract_number(text: str) -> str:
+    r"""A number in plain form ("18" for "\$18.00"): of the last box, else the first one after the last "####", else the last of all."""
+    content = last_box(text)
+    if content is not None:
+        value = whole_number(content)
+        value = _number_at(content, -1) if value is None else value
+        return content if value is None else plain(value)
+    value = _number_at(text.rpartition("####")[2], 0) if "####" in text else None
+    value = _number_at(text, -1) if value is None else value
+    return INVALID if value is None else plain(value)
+
+
+def extract_letter(text: str) -> str:
+    r"""One of A to D: what the last `\boxed{C}`, "Answer: C" or "the answer is (C)" says; else the last line; else the last "(C)"."""
+    bare = _MARKUP.sub(lambda match: " " * len(match[0]), text)
+    stated = _STATED.findall(bare)
+    if stated:
+        return "".join(stated[-1]).upper()
+    lines = [stripped for line in bare.splitlines() if (stripped := line.strip(" \t#>-"))]
+    last = _LAST_LINE.match(lines[-1]) if lines else None
+    if last:
+        return last[1]
+    parenthesised = _PARENTHESISED.findall(bare)
+    return parenthesised[-1] if parenthesised else INVALID
+
+
+def whole_number(text: str) -> Decimal | None:
+    """The value of a text that is one number, with markup, a currency sign, a unit or a full stop at most; else None."""
+    bare = re.sub(r"^-\s+", "-", _SPACED_THOUSANDS.sub("", _without_markup(text)).strip())
+    match = _NUMBER.match(bare)
+    return _decimal(match[0]) if match and _AFTER_NUMBER.fullmatch(bare, match.end()) else None
+
+
+def plain(value: Decimal) -> str:
+    """A number in its one plain form: no exponent, no zeros at the end, no negative zero."""
+    text = f"{value:f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
+
+
+def _closing_braces(text: str) -> dict[int, int]:
+    """Where every brace that is closed is closed; an escaped brace is no brace."""
+    found: dict[int, int] = {}
+    opened: list[int] = []
+    for match in _BRACE.finditer(text):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif match[0] == "}" and opened:
+            found[opened.pop()] = match.start()
+    return found
+
+
+def _bare(text: str, start: int) -> str:
+    match = _BARE.match(text, start)
+    return match[0].rstrip(".,;") if match else ""
+
+
+def _without_markup(text: str) -> str:
+    return _MARKUP.sub("", _THOUSANDS.sub("", text.translate(_MINUS)))
+
+
+def _number_at(text: str, place: int) -> Decimal | None:
+    found = _NUMBER.findall(_without_markup(text))
+    return _decimal(found[place]) if found else None
+
+
+def _decimal(text: str) -> Decimal:
+    return Decimal(text.replace(",", ""))
