@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from harness.errors import StoreError
+from harness.pairs import IDENTITY, cluster_of, same_sequence
+from harness.samples import question_key
 from harness.stats import mean_with_stderr
-from qad.clustered import ratio_with_stderr
+from qad.clustered import ratio_over_clusters, ratio_with_stderr
 
 Samples = Callable[[str, str], list[dict[str, Any]] | None]
 """The sample rows of (variant, task), or None where they are not kept."""
@@ -103,11 +105,13 @@ def _task(name: str, rows: list[dict[str, Any]], samples: Samples) -> dict[str, 
             errors = [each["stderr"] for each in found if each["stderr"] is not None]
             stderr = math.fsum(errors) / len(errors) if errors else None
             is_mean = is_mean or (stderr is not None and len(found) > 1)
-        metrics[metric] = summary([each["value"] for each in found], stderr, "questions")
+        over_seeds = summary([each["value"] for each in found], stderr, "questions")
+        metrics[metric] = over_seeds | {"unit": found[0].get("unit", "share")}
     return {
         "primary": first["primary"],
         "is_partial": first["is_partial"],
         "chose_checkpoint": any(task["chose_checkpoint"] for task in tasks.values()),
+        "flags": sorted({flag for task in tasks.values() for flag in task["flags"] or ()}),
         "error_is_mean_of_seeds": is_mean,
         "metrics": metrics,
     }
@@ -119,7 +123,7 @@ def _question_stderr(metric: str, kept: list[list[dict[str, Any]] | None]) -> fl
     for rows in kept:
         if rows is None:
             return None
-        scored.append({(r["question"], r["repeat"]): r for r in rows if r["metrics"].get(metric) is not None})
+        scored.append({(*question_key(r), r["repeat"]): r for r in rows if r["metrics"].get(metric) is not None})
     if any(each.keys() != scored[0].keys() for each in scored):
         return None
     means = [math.fsum(each[key]["metrics"][metric] for each in scored) / len(scored) for key in scored[0]]
@@ -131,6 +135,8 @@ def _diagnostics(rows: list[dict[str, Any]], sequences: list[dict[str, Any]]) ->
         return None
     found: dict[str, Any] = {}
     for part in ("response", "all"):
+        if any(row["diagnostics"][part] is None for row in rows):
+            continue
         measured = [row["diagnostics"][part] for row in rows]
         errors = [each["kl_stderr"] for each in measured if each["kl_stderr"] is not None]
         stderrs: dict[str, float | None] = {"kl": math.fsum(errors) / len(errors) if errors else None}
@@ -148,7 +154,8 @@ def _sequence_stderrs(names: list[str], sequences: list[dict[str, Any]]) -> dict
     rows = _sequence_means(names, sequences, ("kl_sum", "ce_sum", "top1_sum"))
     figures = [figure for figure in ("kl", "ce", "top1") if rows and f"{figure}_sum" in rows[0]]
     counts = [row["n_tokens"] for row in rows]
-    return {figure: ratio_with_stderr([row[f"{figure}_sum"] for row in rows], counts)[1] for figure in figures}
+    clusters = [cluster_of(row) for row in rows]
+    return {figure: ratio_over_clusters([row[f"{figure}_sum"] for row in rows], counts, clusters)[1] for figure in figures}
 
 
 def _sequence_means(names: list[str], sequences: list[dict[str, Any]], sums: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -158,15 +165,14 @@ def _sequence_means(names: list[str], sequences: list[dict[str, Any]], sums: tup
         return []
     first = by_variant[0]
     for name, rows in zip(names, by_variant, strict=True):
-        if [(row["sequence"], row["n_tokens"]) for row in rows] != [(row["sequence"], row["n_tokens"]) for row in first]:
+        if list(map(same_sequence, rows)) != list(map(same_sequence, first)):
             raise StoreError(
                 f"diagnostics_sequences.jsonl: {names[0]} and {name} were measured on different sequences and have no common mean; "
                 "run the suite again"
             )
     return [
         {
-            "sequence": same[0]["sequence"],
-            "n_tokens": same[0]["n_tokens"],
+            **{key: same[0][key] for key in IDENTITY if key in same[0]},
             **{part: math.fsum(row[part] for row in same) / len(same) for part in sums if all(part in row for row in same)},
         }
         for same in zip(*by_variant, strict=True)

@@ -73,7 +73,7 @@ def make_run(folder: Path, names: list[str], *, selection: dict | None = None, s
             figures = {"value": value, "stderr": stderr, "n_scored": 5, "n_total": 5}
             tasks.append({"variant": name, "task": "t", "metric": "acc", **figures, **shared})
             rows = [
-                {"question": i, "repeat": 0, "cluster": cluster, "metrics": {"acc": float(right)}}
+                {"doc": i, "question": "one text for all", "repeat": 0, "cluster": cluster, "metrics": {"acc": float(right)}}
                 for i, (cluster, right) in enumerate(zip(CLUSTERS, RIGHT[name], strict=True))
             ]
             if samples:
@@ -225,6 +225,17 @@ def test_a_task_that_chose_the_checkpoint_is_marked_everywhere(tmp_path):
     )
     rows = list(csv.DictReader(io.StringIO(render(table, "csv"))))
     assert [row["t.chose_checkpoint"] for row in rows] == ["", "true", "true", "true", "true"]
+
+
+def test_a_group_carries_the_marks_of_its_seeds(tmp_path):
+    run = make_run(tmp_path, THREE)
+    rows = [json.loads(line) for line in (run / "tasks.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["flags"] = ["imported"] if row["variant"] == "qad-seed1" else []
+    (run / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    grid = build_grid(build_table(run))
+    assert [row[0] for row in grid.rows if row[1].endswith("‡")] == ["qad-seed1", "qad (3 seeds)"]
+    assert "‡ t of qad-seed1: scored by another tool and imported" in "".join(grid.notes)
 
 
 def test_a_checkpoint_chosen_by_validation_loss_gets_a_note_and_no_mark(tmp_path):
