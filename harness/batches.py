@@ -45,6 +45,17 @@ def batches_of(sequences: collections.abc.Sequence[Sequence]) -> list[Batch]:
     return [batch_of(list(sequences[i : i + size])) for i in range(0, len(sequences), size)]
 
 
+def batches_by_length(sequences: collections.abc.Sequence[Sequence]) -> tuple[list[int], list[Batch]]:
+    """Batches of at most about FORWARD_TOKENS tokens with padding, the shortest sequences first, and the order of the sequences in them."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    groups: list[list[int]] = []
+    for index in order:
+        if not groups or (len(groups[-1]) + 1) * len(sequences[index]) > FORWARD_TOKENS:
+            groups.append([])
+        groups[-1].append(index)
+    return order, [batch_of([sequences[i] for i in group]) for group in groups]
+
+
 class TrainingSteps(collections.abc.Sequence[list[Batch]]):
     """The optimizer steps that a budget reads, each a list of batches, made when they are asked for.
 

@@ -11,10 +11,13 @@ import statistics
 from typing import Any
 
 from harness.errors import StoreError
-from qad.clustered import ratio_with_stderr
+from qad.clustered import ratio_over_clusters
 
 _SCALE_KEYS = ("scale_rule", "scale_weighting", "scale_multiplier", "tensor_scale", "block_scales")
 """Keys of [quantization] that choose scales: a comparison of scale rules is one of variants that differ in these alone."""
+
+IDENTITY = ("sequence", "n_tokens", "task", "cluster", "repeat", "answer")
+"""What identifies a row of figures of one sequence, beside its variant."""
 
 
 def paired_kl(sequences: list[dict[str, Any]], variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -64,6 +67,16 @@ def scale_rules(sequences: list[dict[str, Any]], variants: list[dict[str, Any]],
     return {"comparisons": comparisons, "noise_floors": floors} if comparisons or floors else None
 
 
+def same_sequence(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What two rows have in common that are figures of the same tokens; `answer` is a digest of them, which text has none of."""
+    return tuple(row.get(key) for key in IDENTITY)
+
+
+def cluster_of(row: dict[str, Any]) -> tuple[Any, Any]:
+    """What errs together: the answers to one question, or to related ones; of text each sequence by itself."""
+    return row.get("task"), row.get("cluster", row["sequence"])
+
+
 def scale_notes(found: dict[str, Any] | None, kl: dict[str, float]) -> list[str]:
     """`scale_rules` in words: the noise floor, then each comparison beside it."""
     if found is None:
@@ -80,7 +93,7 @@ def scale_notes(found: dict[str, Any] | None, kl: dict[str, float]) -> list[str]
         floor = next((f for f in found["noise_floors"] if pair["baseline"] in f["variants"]), None)
         notes.append(
             f"Scale rules, KL {pair['candidate']} − {pair['baseline']}: {pair['difference']:+.3f}{stderr} (paired over "
-            f"{pair['n_sequences']} sequences); {_beside(pair, floor, kl)}."
+            f"{pair['n_sequences']} {pair['unit']}); {_beside(pair, floor, kl)}."
         )
     return notes
 
@@ -124,13 +137,14 @@ def _difference(
     ours, theirs = by_variant.get(candidate["name"]), by_variant.get(baseline["name"])
     if not ours or not theirs:
         return []
-    if [(row["sequence"], row["n_tokens"]) for row in ours] != [(row["sequence"], row["n_tokens"]) for row in theirs]:
+    if list(map(same_sequence, ours)) != list(map(same_sequence, theirs)):
         raise StoreError(
             f"diagnostics_sequences.jsonl: {candidate['name']} and {baseline['name']} were measured on different sequences "
             "and cannot be paired; run the suite again"
         )
     pairs = list(zip(ours, theirs, strict=True))
-    value, stderr = ratio_with_stderr([a["kl_sum"] - b["kl_sum"] for a, b in pairs], [a["n_tokens"] for a, _ in pairs])
+    differences, counts = [a["kl_sum"] - b["kl_sum"] for a, b in pairs], [a["n_tokens"] for a, _ in pairs]
+    value, stderr = ratio_over_clusters(differences, counts, [cluster_of(a) for a, _ in pairs])
     return [
         {
             "candidate": candidate["name"],
@@ -139,6 +153,7 @@ def _difference(
             "stderr": stderr,
             "stderr_over_seeds": _stderr_over_seeds(candidate, baseline),
             "n_sequences": len(pairs),
+            "unit": "answers" if "answer" in ours[0] else "sequences",
         }
     ]
 

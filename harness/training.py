@@ -11,18 +11,19 @@ import json
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from harness import evaluate
+from harness import evaluation
 from harness.batches import TrainingSteps, validation_batches
 from harness.errors import DataError, HarnessError
 from harness.models import folder_fingerprint
 from harness.plan import Stage
+from harness.prepared import read_prepared
 from harness.recipes import recipe_of
 from harness.records import SCHEMA
 from harness.schema import Quantization, Training
@@ -119,7 +120,7 @@ def check(bench: Workbench, stage: Stage) -> None:
     """Raise now what would end a "train" stage after hours: too little data, another vocabulary, layers that cannot be packed."""
     steps = training_steps(bench, stage)
     steps.require_loss_tokens()
-    settings, quantization = _settings(stage), _quantization(stage)
+    settings, quantization = _settings(stage), stage.quantization
     if len(steps[0]) < ranks.world_size():
         raise DataError(
             f"{stage.label}: a step has {len(steps[0])} batches for {ranks.world_size()} ranks, of which each computes whole ones; set "
@@ -161,7 +162,7 @@ def training_steps(bench: Workbench, stage: Stage) -> TrainingSteps:
 
 def start_of(bench: Workbench, stage: Stage) -> dict[str, Any]:
     """What a student of a "train" stage starts from beside the recipe: the codes that PTQ chose, unless amax gives them again."""
-    if _quantization(stage).scale_rule == "amax":
+    if stage.quantization.scale_rule == "amax":
         return {}
     return {"start": read_encodings(bench.folder_of(stage.inputs["start"]))}
 
@@ -211,7 +212,7 @@ class _Watcher:
 
 def _distil(bench: Workbench, stage: Stage, steps: TrainingSteps, watcher: _Watcher) -> _Outcome:
     """Train the student of `stage`; every rank calls this, and gets the values that are kept."""
-    settings, quantization = _settings(stage), _quantization(stage)
+    settings, quantization = _settings(stage), stage.quantization
     student, _ = bench.fresh_student(stage, start_of(bench, stage))
     digest = encoding_digest(student["modules"])
     bench.require_start(stage, digest)
@@ -293,30 +294,39 @@ def _judge(
             layout=stage.sections["layout"],
         )
         scores = {}
-        for task in stage.sections["tasks"]:
-            with bench.reporter.track(f"{stage.label}: step {candidate.step}, {task}") as advance:
+        for name in stage.sections["tasks"]:
+            with bench.reporter.track(f"{stage.label}: step {candidate.step}, {name}") as advance:
 
                 def progress(done: int, total: int, advance: Any = advance) -> None:
                     advance(done, total, "")
 
-                found = evaluate.evaluate_task(
-                    task,
-                    bench.engine_of(f"{stage.key}-{candidate.step}", folder),
-                    weights=folder_fingerprint(folder, bench.store),
-                    journals=bench.journals,
-                    limit=None,
-                    on_progress=progress,
-                )
-            scores[task] = found.result["metrics"][found.result["primary"]]["value"]
+                scores[name] = _score_on(bench, stage, name, f"{stage.key}-{candidate.step}", folder, progress)
         bench.close()
         return scores
+
+
+def _score_on(
+    bench: Workbench, stage: Stage, name: str, key: str, folder: Path, on_progress: Callable[[int, int], None]
+) -> float:
+    """The score of the checkpoint in `folder` on one of the selection tasks."""
+    given = stage.inputs[f"task {name}"]
+    assert given.task is not None
+    prepared = read_prepared(bench.folder_of(given))
+    found = evaluation.answer_task(
+        prepared,
+        bench.engine_of(key, folder),
+        weights=folder_fingerprint(folder, bench.store),
+        journals=bench.journals,
+        repeats=1,
+        sampling_seed=given.task.seed,
+        on_progress=on_progress,
+    )
+    if found.about["n_missing"]:
+        raise HarnessError(f"{stage.label}: {evaluation.missing_line(found.about)}")
+    _, result = evaluation.score_task(given.task, prepared.about, prepared.questions, found.rows, found.about)
+    return float(result["metrics"][result["primary"]]["value"])
 
 
 def _settings(stage: Stage) -> Training:
     assert stage.variant is not None and stage.variant.training is not None
     return stage.variant.training
-
-
-def _quantization(stage: Stage) -> Quantization:
-    assert stage.variant is not None and stage.variant.quantization is not None
-    return stage.variant.quantization

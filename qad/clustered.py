@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 
 def ratio_with_stderr(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
@@ -23,3 +23,14 @@ def ratio_with_stderr(sums: Sequence[float], counts: Sequence[int]) -> tuple[flo
         return mean, None
     squares = math.fsum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
     return mean, math.sqrt(n / (n - 1) * squares) / total
+
+
+def ratio_over_clusters(
+    sums: Sequence[float], counts: Sequence[int], clusters: Sequence[Hashable]
+) -> tuple[float, float | None]:
+    """As `ratio_with_stderr`, where pairs of one cluster count as one; a cluster a pair gives the same, bit for bit."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, cluster in enumerate(clusters):
+        groups.setdefault(cluster, []).append(index)
+    whole = [math.fsum(sums[i] for i in members) for members in groups.values()]
+    return ratio_with_stderr(whole, [sum(counts[i] for i in members) for members in groups.values()])

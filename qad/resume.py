@@ -66,7 +66,13 @@ class Checkpoints:
         random_states = ranks.gathered({str(ranks.rank()): _random_state()})
         if ranks.rank() == 0:
             with_state = [name for name, parameter in named.items() if optimizer.state.get(parameter)]
-            ours = {"version": _VERSION, "identity": self.identity, "step": step, "random": random_states, "with_state": with_state}
+            ours = {
+                "version": _VERSION,
+                "identity": self.identity,
+                "step": step,
+                "random": random_states,
+                "with_state": with_state,
+            }
             record = {**ours, "files": digests, **state}
             with open(partial / _STATE, "w", encoding="utf-8") as file:
                 json.dump(record, file)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -143,3 +146,64 @@ def tiny_suite(tmp_path: Path, tiny_model: Path) -> Path:
     path = tmp_path / "tiny.toml"
     path.write_text(SUITE.format(model=tiny_model))
     return path
+
+
+ONLY_TEXT = """
+schema = 1
+name = "text"
+
+[model]
+path = "{model}"
+
+[data.text]
+source = "builtin"
+seq_len = {seq_len}
+
+[[variant]]
+name = "bf16"
+method = "bf16"
+
+[engine]
+kind = "hf"
+
+[diagnostics]
+data = "text"
+samples = 2
+"""
+
+
+@pytest.fixture(scope="session")
+def text_stages(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The stored stages of the builtin text in the tiny model's tokens, made by the real command once for each seq_len."""
+    made: dict[int, Path] = {}
+
+    def make(seq_len: int) -> Path:
+        if seq_len in made:
+            return made[seq_len]
+        from typer.testing import CliRunner
+
+        from harness.cli import app
+
+        root = tmp_path_factory.mktemp(f"text-{seq_len}")
+        (root / "text.toml").write_text(ONLY_TEXT.format(model=tiny_model, seq_len=seq_len))
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("HARNESS_CACHE", str(root / "cache"))
+            done = CliRunner().invoke(app, ["run", str(root / "text.toml"), "--results", str(root / "results")])
+        assert done.exit_code == 0, done.output
+        for record in (root / "cache" / "stages").glob("*/stage.json"):
+            if json.loads(record.read_text())["kind"] != "data":
+                shutil.rmtree(record.parent)
+        made[seq_len] = root / "cache" / "stages"
+        return made[seq_len]
+
+    return make
+
+
+@pytest.fixture
+def text_at_hand(own_cache: Path, text_stages: Callable[[int], Path]) -> Callable[..., None]:
+    """Puts the builtin text of a seq_len into the cache of the test: half the time of a short run is its tokenization."""
+
+    def copy(seq_len: int = 512) -> None:
+        shutil.copytree(text_stages(seq_len), own_cache / "stages", dirs_exist_ok=True)
+
+    return copy

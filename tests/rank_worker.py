@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qad import ranks
 from qad.batch import Batch
 from qad.calibrate import calibrate
+from qad.candidates import Candidates
 from qad.distill import train
 from qad.errors import Interrupted, TrainingError
 from qad.losses import Objective
@@ -45,6 +46,7 @@ CASES = {
     "fp8": {"recipe": Recipe(fp8=("*.down_proj",), kv_cache="fp8")},
     "ce": {"train": "all", "objective": Objective("ce"), "validate_every": 5},
     "checkpointing": {"activation_checkpointing": True},
+    "head": {"recipe": Recipe(activations=False, exclude=()), "tied": False, "n_steps": 10, "validate_every": 5, "keep": 2},
     "bf16": {"dtype": torch.bfloat16, "recipe": Recipe()},
     "bf16_all": {"dtype": torch.bfloat16, "recipe": Recipe(block_scales="learned"), "train": "all", "learned_scales": True},
     "stopped": {"train": "all", "n_steps": 10, "stop_after": 4},
@@ -54,10 +56,10 @@ CASES = {
 }
 
 
-def models(dtype, recipe):
+def models(dtype, recipe, tied):
     """Teacher and quantized student, the same in every process; its modules, and batches of three rows."""
     torch.manual_seed(0)
-    teacher = LlamaForCausalLM(LlamaConfig(**SIZES)).to(torch.bfloat16).to(dtype).eval()
+    teacher = LlamaForCausalLM(LlamaConfig(**(SIZES | {"tie_word_embeddings": tied}))).to(torch.bfloat16).to(dtype).eval()
     student = copy.deepcopy(teacher)
     batches = batches_for(60, vocabulary=VOCABULARY, length=24, rows=3)
     amax = calibrate(teacher, recipe, inputs_of(batches[:4])) if recipe.activations or recipe.kv_cache == "fp8" else None
@@ -85,10 +87,12 @@ def run_case(
     resume=False,
     nan=False,
     split=rows_of,
+    tied=True,
+    keep=None,
     **given,
 ):
-    """Train as `name` says: losses, gradient norms, validations, digest of the snapshot, or the error."""
-    teacher, student, modules, batches = models(dtype, recipe)
+    """Train as `name` says: losses, gradient norms, validations, shapes of the snapshot and of the `keep` candidates, or the error."""
+    teacher, student, modules, batches = models(dtype, recipe, tied)
     if nan:
         batches[4].input_ids[1, 3] = 7
         for batch in (*batches[:4], *batches[5:]):
@@ -96,7 +100,9 @@ def run_case(
         teacher.set_input_embeddings(torch.nn.Embedding.from_pretrained(teacher.get_input_embeddings().weight.clone()))
         teacher.get_input_embeddings().weight.data[7] = float("nan")
     start = encoding_digest(modules)
-    checkpoints = Checkpoints(Path(folder) / "checkpoints", "one identity", 100) if stop_after or resume else None
+    home = Path(folder) / ("handed" if resume else "checkpoints")
+    checkpoints = Checkpoints(home, "one identity", 100) if stop_after or resume else None
+    candidates = Candidates(Path(folder) / name, keep) if keep is not None else None
     # only the last rank is asked to stop
     watcher = Recorder(stop_after if ranks.rank() == ranks.world_size() - 1 else None)
     try:
@@ -108,11 +114,13 @@ def run_case(
             objective=objective or Objective("kl"),
             held_out=batches[50:53],
             checkpoints=checkpoints,
+            candidates=candidates,
             watcher=watcher,
         )
     except (Interrupted, TrainingError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
-    snapshot = masters.snapshot()
+    ranks.barrier()
+    kept = {} if candidates is None else {str(c.step): candidates.read(c) for c in candidates.kept}
     return {
         "losses": [step.loss for step in done.steps],
         "ce": [step.ce for step in done.steps],
@@ -122,8 +130,13 @@ def run_case(
         "trainable": done.trainable,
         "resumed_at": done.resumed_at,
         "start": start,
-        "shapes": {key: list(value.shape) for key, value in snapshot.items()},
+        "shapes": _shapes(masters.snapshot()),
+        "kept": {step: _shapes(snapshot) for step, snapshot in kept.items()},
     }
+
+
+def _shapes(tensors):
+    return {key: list(value.shape) for key, value in tensors.items()}
 
 
 def main() -> None:

@@ -52,13 +52,15 @@ AT_TWO = [
     "fp8",
     "ce",
     "checkpointing",
+    "head",
     "bf16",
     "bf16_all",
     "stopped",
+    "resumed",
     "nan",
     "adafactor",
 ]
-AT_THREE = ["quantized", "all", "learned", "fp8"]
+AT_THREE = ["quantized", "all", "learned", "fp8", "resumed"]
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +79,20 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
+    """What two ranks find; they are handed the checkpoint of a single process that was stopped."""
+    folder, one = (tmp_path_factory.mktemp(name) for name in ("two", "one"))
+    stopped = run_case(one, "stopped", **CASES["stopped"])
+    assert stopped["error"].startswith("Interrupted: stopped after step 4 of 10")
+    shutil.copytree(one / "checkpoints", folder / "handed")
     return cases_under(2, folder, AT_TWO), folder
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory):
-    return cases_under(3, tmp_path_factory.mktemp("three"), AT_THREE)
+def three(two, tmp_path_factory):
+    """What three ranks find; they are handed the checkpoint of two."""
+    folder = tmp_path_factory.mktemp("three")
+    shutil.copytree(two[1] / "checkpoints", folder / "handed")
+    return cases_under(3, folder, AT_THREE)
 
 
 def require_same_run(found, expected, tolerance=OVER_20_STEPS):
@@ -107,6 +116,14 @@ def test_two_ranks_find_the_losses_of_one_over_20_steps(two, alone, name):
 def test_three_ranks_with_uneven_rows_find_the_losses_of_one(three, alone, name):
     require_same_run(three[name], alone(name))
     assert VOCABULARY % 2 and rank_worker.SIZES["hidden_size"] * 2 % 9
+
+
+def test_a_candidate_that_two_ranks_keep_after_a_validation_is_whole_where_a_layer_outside_the_blocks_is_quantized(two, alone):
+    found, expected = two[0]["head"], alone("head")
+    require_same_run(found, expected)
+    assert found["kept"].keys() == expected["kept"].keys() == {"5", "10"}
+    assert found["kept"] == expected["kept"]
+    assert found["kept"]["5"] == found["shapes"] and found["shapes"]["lm_head.codes"][0] == VOCABULARY
 
 
 def spread(runs: list[list[float]]) -> list[float]:
@@ -139,23 +156,17 @@ def test_a_stop_asked_of_one_rank_stops_all_with_a_checkpoint_that_a_single_proc
     assert found["stopped"]["error"] == (
         "Interrupted: stopped after step 4 of 10; the checkpoint after step 4 is kept, and the same command goes on from it"
     )
-    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
+    shutil.copytree(folder / "checkpoints", tmp_path / "handed")
     again = run_case(tmp_path, "resumed", **CASES["resumed"])
     assert again["resumed_at"] == 4
-    require_same_run(again, run_case(tmp_path / "other", "stopped", train="all", n_steps=10))
+    require_same_run(again, alone("stopped", stop_after=None))
 
 
-def test_a_checkpoint_of_a_single_process_is_gone_on_from_by_two_ranks_and_one_of_two_by_three(two, alone, tmp_path):
-    expected = run_case(tmp_path, "whole", train="all", n_steps=10)
-    stopped = run_case(tmp_path, "stopped", **CASES["stopped"])
-    assert stopped["error"].startswith("Interrupted: stopped after step 4 of 10")
-    again = cases_under(2, tmp_path, ["resumed"])["resumed"]
-    assert again["resumed_at"] == 4
-    require_same_run(again, expected)
-    shutil.copytree(two[1] / "checkpoints", tmp_path / "three" / "checkpoints")
-    again = cases_under(3, tmp_path / "three", ["resumed"])["resumed"]
-    assert again["resumed_at"] == 4
-    require_same_run(again, expected)
+def test_a_checkpoint_of_a_single_process_is_gone_on_from_by_two_ranks_and_one_of_two_by_three(two, three, alone):
+    expected = alone("stopped", stop_after=None)
+    for again in (two[0]["resumed"], three["resumed"]):
+        assert again["resumed_at"] == 4
+        require_same_run(again, expected)
 
 
 def test_a_nan_on_one_rank_ends_all_with_the_step_and_the_batch(two):
@@ -181,10 +192,13 @@ def run_under_torchrun(suite: Path, root: Path, *, n_ranks: int = 2) -> subproce
 
 
 def test_a_suite_runs_under_torchrun_again_does_nothing_and_ends_at_once_where_the_first_rank_finds_a_mistake(
-    tiny_suite, tmp_path
+    tiny_suite, text_at_hand, tmp_path
 ):
+    text_at_hand()
     only_training(tiny_suite)
-    tiny_suite.write_text(tiny_suite.read_text().replace("batch_size = 4", "batch_size = 4\nmicro_batch_size = 2"))
+    text = tiny_suite.read_text().replace("batch_size = 4", "batch_size = 4\nmicro_batch_size = 2")
+    best = 'select = "best_of_k", candidates = 2, select_tasks = ["mini_choice"], validate_every = 2, validation_samples = 2'
+    tiny_suite.write_text(text.replace('method = "qat"', f'method = "qat"\ntraining = {{ {best} }}'))
 
     done = run_under_torchrun(tiny_suite, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -198,18 +212,19 @@ def test_a_suite_runs_under_torchrun_again_does_nothing_and_ends_at_once_where_t
     assert len({result["start_digest"] for result in trained}) == 1
     assert not list((tmp_path / "cache").glob("unfinished/*"))
 
+    (selected,) = (record["result"] for record in records if record["kind"] == "select")
+    scores = {row["step"]: row["scores"]["mini_choice"] for row in selected["selection"]["judged"]}
+    assert len(scores) == 2 and scores[selected["selection"]["step"]] == max(scores.values())
+    assert rows["qat"]["selection"] == selected["selection"] and rows["qat"]["diagnostics"]["response"]["kl"] > 0
+
     again = run_under_torchrun(tiny_suite, tmp_path)
     assert again.returncode == 0, again.stderr
     assert "nothing to do, all" in again.stdout
 
     tiny_suite.write_text(tiny_suite.read_text().replace("micro_batch_size = 2", "micro_batch_size = 4"))
-    whole = run_under_torchrun(tiny_suite, tmp_path)
-    assert whole.returncode != 0
-    assert "a step has 1 batches for 2 ranks" in whole.stderr and "training.micro_batch_size to 2 or less" in whole.stderr
-
-    tiny_suite.write_text(tiny_suite.read_text().replace("tokens = 6000", "tokens = 900_000"))
     failed = run_under_torchrun(tiny_suite, tmp_path)
     assert failed.returncode != 0
-    assert failed.stderr.count("harness: qad: train, data text: the training split holds") == 1
+    assert failed.stderr.count("a step has 1 batches for 2 ranks") == 1
+    assert "training.micro_batch_size to 2 or less" in failed.stderr
     assert "exitcode  : 2" in failed.stderr
     assert "[rank1]: Traceback" not in failed.stderr

@@ -45,6 +45,11 @@ samples = 4
 """
 
 
+@pytest.fixture(autouse=True)
+def text(text_at_hand):
+    text_at_hand(256)
+
+
 def run(tmp_path: Path, model: Path, variants: str):
     suite = tmp_path / "short.toml"
     suite.write_text(SHORT.format(model=model, variants=variants))
