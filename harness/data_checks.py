@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from harness.schema_data import SOURCES, Bos, Builtin, Data, Generated, Hub, Jsonl, Mix, Rows, Teacher
+from harness.task_files import gives_answers
 
 if TYPE_CHECKING:
-    from harness.schema import Diagnostics
+    from harness.schema import Diagnostics, File
     from harness.suite import ResolvedVariant
 
 Mistake = tuple[str, str, tuple[str, list[str]] | None]
@@ -58,9 +59,24 @@ def source_mistake(problem: Any) -> Mistake | None:
     return None
 
 
+def diagnostics_mistakes(file: File) -> Iterator[tuple[str, str]]:
+    """What contradicts in [diagnostics]: text needs data, answers need a task that generates some. Key and message."""
+    given = file.diagnostics
+    if given is None:
+        return
+    if given.on == "text" and given.data is None:
+        yield "diagnostics.data", f'missing; on = "text" measures on the held-out split of a data set: {", ".join(file.data)}'
+    if given.on == "answers" and given.data is not None:
+        yield "diagnostics.data", 'has no effect with on = "answers", which measures on answers to the tasks; remove it'
+    if given.on == "answers" and all(gives_answers(task.name, task.path) is False for task in file.task):
+        scored = ", ".join(task.name for task in file.task)
+        why = f"{scored}: scored by likelihood" if scored else "there is none"
+        yield "diagnostics.on", f'"answers" needs a [[task]] whose answers are generated ({why}); add one, or set on = "text"'
+
+
 def data_uses(variants: Iterable[ResolvedVariant], diagnostics: Diagnostics | None) -> list[tuple[str, str]]:
     """The keys outside [data] that name a data section, and the names."""
-    used = [("diagnostics.data", diagnostics.data)] if diagnostics else []
+    used = [("diagnostics.data", diagnostics.data)] if diagnostics and diagnostics.data is not None else []
     for variant in variants:
         if variant.data:
             used.append((f'variant "{variant.name}": data', variant.data))

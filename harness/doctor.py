@@ -9,12 +9,13 @@ from pathlib import Path
 from harness.errors import EngineError
 from harness.provenance import RECORDED, VLLM_PACKAGES, device_kind, gpu_name, package_versions
 from harness.store import cache_folder
+from harness.tasks.needs import PACKAGES, missing
 
 
 def examine() -> list[tuple[str, str]]:
     """Findings as (what, found)."""
     findings = [(f"package {name}", found or "not installed") for name, found in package_versions(RECORDED).items()]
-    findings += [("device", device_kind()), *_torch(), *_vllm(), _model_package(), _mirror()]
+    findings += [("device", device_kind()), *_torch(), *_vllm(), _model_package(), _mirror(), *_tasks()]
     return [*findings, ("stage cache", str(cache_folder()))]
 
 
@@ -75,3 +76,7 @@ def _mirror() -> tuple[str, str]:
         return "mirror", f"{folder}: no such folder"
     names = sorted(f"{p.parent.name}/{p.name}" for p in folder.glob("*/*") if p.is_dir())
     return "mirror", f"{folder}: {', '.join(names) or 'empty'}"
+
+
+def _tasks() -> list[tuple[str, str]]:
+    return [(f"task {name}", f"cannot be scored: {missing(name)}" if missing(name) else "can be scored") for name in PACKAGES]

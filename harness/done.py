@@ -16,8 +16,11 @@ from harness.store import Store, StoredStage
 
 
 def is_done(stage: Stage, store: Store) -> bool:
-    """Whether nothing is left to do for `stage`."""
-    return stage.is_external or find_done(stage, store) is not None
+    """Whether nothing is left to do for `stage`: it is stored, and no response is missing in it."""
+    if stage.is_external:
+        return True
+    found = find_done(stage, store)
+    return found is not None and not found.record["result"].get("n_missing")
 
 
 def find_done(stage: Stage, store: Store) -> StoredStage | None:

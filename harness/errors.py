@@ -4,6 +4,7 @@ HarnessError
     SuiteError    the suite file: every mistake of it at once
     ModelError    a model, checkpoint or mirror that cannot be used
     DataError     a source that is missing, empty or too short
+    TaskError     a task that is not known, cannot be asked here, or whose data are missing
     StoreError    the cache, a results folder, a full disk
     EngineError   the engine cannot do what was asked
     TrackerError  an experiment tracker that is not installed or does not start
@@ -24,6 +25,10 @@ class ModelError(HarnessError):
 
 class DataError(HarnessError):
     """A data source that is missing, empty or too short for its budget."""
+
+
+class TaskError(HarnessError):
+    """A task that is not known, that cannot be asked here, or whose data are missing."""
 
 
 class StoreError(HarnessError):

@@ -1,233 +1,253 @@
-"""lm-eval's tasks and metrics over one of our engines. The only module that imports lm_eval.
+"""What an answer is worth: lm-eval's tasks, filters and metrics over recorded answers. With `prompts`, all that imports lm_eval.
 
-lm-eval builds the prompts and scores single samples; the engine answers, the journal keeps every answer, and the
-aggregates and their errors are ours. One prompt is rendered once, by us, and travels as token ids.
+lm-eval scores one sample at a time; what is missing is left out before it, what is incomplete is set after it, aggregates and
+errors are ours. A task's documents are those that were prepared: nothing is read or shuffled again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable
+import math
+import random
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from difflib import get_close_matches
 from typing import Any
 
+import numpy as np
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.evaluator import evaluate as lm_eval_evaluate
+from lm_eval.api.metrics import mean
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
-from harness.engines import Answer, Engine, Likelihood, Request, Sampling
-from harness.errors import EngineError
-from harness.journal import Journal
-from harness.numerics import versions
-from harness.provenance import PACKAGES, device_kind, package_versions
-from harness.stats import mean_with_stderr
-from harness.suite import TASKS_FOLDER
+from harness.errors import HarnessError, TaskError
+from harness.models import mirror_folder
+from harness.prepared import Question, plain
+from harness.stats import INVALID
+from harness.task_files import TASKS_FOLDER, is_ours
+from harness.task_settings import ResolvedTask
+from harness.thinking import split_thinking
 
-SCHEMA = 1
+_LENGTHS = "aggregate_metrics"
+"""The aggregation of ruler, for which a metric of -1 is a length that a question does not have."""
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """A row a question and repeat, and the aggregate of the task over them."""
+class Scored:
+    """A row a question and repeat; by metric, whether more is better, and how a value for the task is made of those of samples."""
 
-    samples: list[dict[str, Any]]
-    result: dict[str, Any]
-
-
-def task_fingerprint(name: str) -> str:
-    """sha256 of everything that makes a task: its YAML file and the code that generates and scores its questions."""
-    digest = hashlib.sha256()
-    for path in (TASKS_FOLDER / f"{name}.yaml", TASKS_FOLDER / "mini.py", TASKS_FOLDER / "world.py"):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    rows: list[dict[str, Any]]
+    aggregations: dict[str, Callable[[list[Any]], Any] | None]
 
 
-def evaluate_task(
-    name: str, engine: Engine, *, weights: str, journals: Path, limit: int | None, on_progress: Callable[[int, int], None]
-) -> Evaluation:
-    """Ask every question of the task and score the answers.
+def score(asking: ResolvedTask, about: dict[str, Any], questions: list[Question], answers: list[dict[str, Any]]) -> Scored:
+    """Score the recorded answers of a prepared task.
 
     Args:
-        weights: fingerprint of what the engine serves; answers are never shared between weights.
-        journals: folder in which answers are kept and found again.
-        limit: the first questions only; the result is then marked as partial.
-        on_progress: called with (requests answered, requests in all).
-    Raises:
-        EngineError: a prompt that does not fit the context.  StoreError: the journal cannot be read or written.
+        answers: a row a (question, repeat), with "doc", "repeat", "response": texts or [log probability, is greedy] pairs in the
+            order of the question's requests (`draws` texts for each of them), "finish_reason", and "missing": why there is none.
     """
+    tasks = load_tasks(asking, asking.metadata, {name: [q for q in questions if q.subtask == name] for name in about["draws"]})
+    by_doc = {question.doc: question for question in questions}
+    rows: list[dict[str, Any]] = []
+    aggregations: dict[str, Callable[[list[Any]], Any] | None] = {}
+    for name, task in tasks.items():
+        mine = [row for row in answers if by_doc[row["doc"]].subtask == name]
+        scored: list[dict[str, Any]] = []
+        for repeat in sorted({row["repeat"] for row in mine}):
+            scored += _score_repeat(task, asking, by_doc, [row for row in mine if row["repeat"] == repeat])
+        given = dict.fromkeys(key for row in scored for key in row["metrics"]) or dict.fromkeys(metric_names(task))
+        for row in scored:
+            row["metrics"] = {key: row["metrics"].get(key) for key in given if row["metrics"] == {} or key in row["metrics"]}
+        rows += scored
+        for metric, function in task.aggregation().items():
+            for key in {key for row in rows for key in row["metrics"] if key.partition(",")[0] == metric}:
+                aggregations.setdefault(key, None if function is mean else function)
+    rows.sort(key=lambda row: (row["doc"], row["repeat"]))
+    return Scored(rows, aggregations)
+
+
+def metric_names(task: Task) -> list[str]:
+    """What the figures of a task are called: its metrics, with the filter where it has several."""
+    filters = [each.name for each in task._filters]
+    return [metric if len(filters) == 1 else f"{metric},{name}" for name in filters for metric in task.aggregation()]
+
+
+def _score_repeat(
+    task: Task, asking: ResolvedTask, by_doc: dict[int, Question], answers: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows of one repeat of one subtask."""
+    is_text = task.OUTPUT_TYPE == "generate_until"
+    better = task.higher_is_better()
+    stated = (task.config.metadata or {}).get("stated")
+    found: list[dict[str, Any]] = []
+    instances: list[Instance] = []
+    members: dict[int, list[Instance]] = {}
+    for row in answers:
+        question = by_doc[row["doc"]]
+        split = (
+            [split_thinking(text, asking.thinking, tuple(row["stops"])) for text in row["response"] or ()] if is_text else []
+        )
+        scored = {
+            "doc": row["doc"],
+            "subtask": question.subtask,
+            "repeat": row["repeat"],
+            "answer": {},
+            "metrics": {},
+            "is_truncated": "length" in (row["finish_reason"] or ()) if is_text else None,
+            "is_incomplete": any(part.is_open for part in split) if is_text else None,
+        }
+        found.append(scored)
+        if row["missing"] is not None:
+            scored |= {"is_truncated": None, "is_incomplete": None}
+            continue
+        given = [[part.answer for part in split]] if is_text else [[tuple(pair)] for pair in row["response"]]
+        if task.OUTPUT_TYPE == "loglikelihood_rolling":
+            given = [[pair[0] for pair in values] for values in given]
+        members[row["doc"]] = [
+            Instance(str(task.OUTPUT_TYPE), question.fields, ("", {}), index, (asking.name, row["doc"], 1), resps=values)
+            for index, values in enumerate(given)
+        ]
+        instances += members[row["doc"]]
+    if not instances:
+        return found
+    task._instances = instances
+    task.apply_filters()
+    filters = list(instances[0].filtered_resps)
+    for scored in found:
+        mine = members.get(scored["doc"], [])
+        for name in filters if mine else ():
+            values = [instance.filtered_resps[name] for instance in mine]
+            if is_text:
+                scored["answer"][name] = values[0] if isinstance(values[0], str) else plain(values[0])
+            try:
+                metrics = task.process_results(by_doc[scored["doc"]].fields, values)
+            except Exception as error:
+                raise TaskError(
+                    f"task {asking.name}, question {scored['doc']}: its scorer failed ({type(error).__name__}); run it by hand on that "
+                    "question, with the response that harness inspect shows"
+                ) from error
+            for metric, value in metrics.items():
+                key = metric if len(filters) == 1 else f"{metric},{name}"
+                if value == -1 and getattr(task.aggregation().get(metric), "__name__", "") == _LENGTHS:
+                    continue
+                scored["metrics"][key] = _number(value)
+                if isinstance(scored["metrics"][key], float) and not math.isfinite(scored["metrics"][key]):
+                    raise TaskError(f"task {asking.name}, question {scored['doc']}: its scorer gave {metric} = {value}")
+        if is_text and mine:
+            given_answers = [str(response) for instance in mine for response in instance.resps]
+            states_none = stated is not None and not any(re.search(stated, each) for each in given_answers)
+            _settle_incomplete(scored, better, states_none)
+    return found
+
+
+def _settle_incomplete(row: dict[str, Any], better: dict[str, bool], states_none: bool) -> None:
+    """Thinking that never closed, and an answer that was cut before it came, score 0 in whatever is better when higher.
+
+    states_none: the text lacks what the task's metadata call `stated`, how an answer is given that is more than the last number or
+    letter in sight: of a text that was cut, that one was read in the midst of its reasoning.
+    """
+    invalid = states_none or (bool(row["answer"]) and all(answer == INVALID for answer in row["answer"].values()))
+    row["is_incomplete"] |= row["is_truncated"] and (invalid or row["metrics"].get("unparsed") == 1.0)
+    if row["is_incomplete"]:
+        for key in row["metrics"]:
+            if better.get(key.partition(",")[0], True) and isinstance(row["metrics"][key], float):
+                row["metrics"][key] = 0.0
+
+
+def _number(value: Any) -> Any:
+    """A sample's figure as JSON: numbers and booleans as float, what an aggregation of lm-eval's takes as lists."""
+    if isinstance(value, bool | int | float | np.number | np.bool_):
+        return float(value)
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return [_number(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def load_tasks(
+    asking: ResolvedTask, metadata: dict[str, Any], docs: dict[str, list[Question]] | None = None
+) -> dict[str, Task]:
+    """The task, or the tasks of a group, by name; with `docs`, those are their documents and no data are read."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    task = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False).load([name])["tasks"][name]
-    metadata = dict(task.config.metadata or {})
-    scorer = f"{name}@{metadata['version']}:{task_fingerprint(name)[:12]}"
-    protocol = {
-        "weights": weights,
-        "task": name,
-        "version": metadata["version"],
-        "chat": metadata["chat"],
-        "kernels": engine.kernels,
-        "numerics": versions()["evaluate"],
-        "packages": package_versions(PACKAGES["evaluate"]),
-        "device": device_kind(),
-        **engine.protocol,
-    }
-    with Journal(journals, protocol) as journal:
-        lm = JournaledLM(engine, journal, chat=metadata["chat"], on_progress=on_progress)
-        found = lm_eval_evaluate(
-            lm,
-            {"tasks": {name: task}, "groups": {}, "group_map": {}},
-            limit=limit,
-            bootstrap_iters=0,
-            apply_chat_template=metadata["chat"],
-            fewshot_as_multiturn=metadata["chat"],
-            log_samples=True,
+    ours = is_ours(asking.name) and asking.path is None
+    folder = TASKS_FOLDER if asking.path is None else asking.path if asking.path.is_dir() else asking.path.parent
+    spec = str(asking.path) if asking.path is not None and asking.path.is_file() else asking.name
+    try:
+        manager = TaskManager(include_path=[str(folder)], include_defaults=not ours and asking.path is None, metadata=metadata)
+    except Exception as error:
+        raise TaskError(
+            f"task {asking.name}: {folder} cannot be read ({type(error).__name__}: {_first_line(error)})"
+        ) from error
+    if spec == asking.name and asking.name not in manager.all_tasks:
+        near = get_close_matches(asking.name, manager.all_tasks, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        where = f"in {asking.path}" if asking.path else "here or in lm-eval"
+        raise TaskError(f"task {asking.name}: there is no such task {where}{hint}")
+    with known_random_state(), _data_given(docs):
+        try:
+            found = manager.load([spec])
+        except HarnessError:
+            raise
+        except Exception as error:
+            raise TaskError(f"task {asking.name}: cannot be read ({type(error).__name__}: {_first_line(error)})") from error
+    names = [*found["tasks"], *found.get("groups", ())]
+    if spec != asking.name and asking.name not in names:
+        raise TaskError(
+            f"task {asking.name}: there is no such task in {asking.path}; it holds {', '.join(map(str, names)) or 'none'}"
         )
-    samples = [_sample_row(name, scorer, sample, lm.asked[sample["doc_id"]]) for sample in found["samples"][name]]
-    result = aggregate(samples, primary=metadata["primary"], n_total=len(samples), kernels=engine.kernels)
-    result |= {"is_partial": limit is not None and limit < len(task.eval_docs), "version": metadata["version"]}
-    return Evaluation(samples, result)
+    return dict(found["tasks"])
 
 
-def aggregate(samples: list[dict[str, Any]], *, primary: str, n_total: int, kernels: dict[str, str]) -> dict[str, Any]:
-    """Means and errors of every metric over the samples that were scored."""
-    names = sorted({metric for sample in samples for metric in sample["metrics"]})
-    metrics = {}
-    for name in names:
-        scored = [sample for sample in samples if sample["metrics"].get(name) is not None]
-        value, stderr = mean_with_stderr([s["metrics"][name] for s in scored], [s["cluster"] for s in scored])
-        metrics[name] = {"value": value, "stderr": stderr, "n_scored": len(scored), "n_total": n_total}
-    incomplete = [sample["is_incomplete"] for sample in samples if sample["is_incomplete"] is not None]
-    return {
-        "primary": primary,
-        "metrics": metrics,
-        "incomplete_rate": sum(incomplete) / len(incomplete) if incomplete else None,
-        "kernels": kernels,
-    }
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
-class JournaledLM(TemplateLM):
-    """An lm-eval model that asks an engine for what the journal lacks, and answers from the journal.
+@contextmanager
+def known_random_state() -> Iterator[None]:
+    """lm-eval's tasks may draw from the global generators: they find the same state everywhere, and leave none behind."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(1234)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
-    asked: by lm-eval's document number, the requests made for it and their answers, in order.
-    """
 
-    def __init__(self, engine: Engine, journal: Journal, *, chat: bool, on_progress: Callable[[int, int], None]) -> None:
-        super().__init__()
-        self.engine, self.journal, self.chat, self.on_progress = engine, journal, chat, on_progress
-        self.tokenizer = engine.tokenizer
-        self.asked: dict[int, list[tuple[Request, Answer | Likelihood]]] = {}
+@contextmanager
+def _data_given(docs: dict[str, list[Question]] | None) -> Iterator[None]:
+    """While tasks are built, give them their prepared documents; without any, let them read their data from the mirror before the hub."""
+    download = ConfigurableTask.download
+
+    def give(task: ConfigurableTask, docs: dict[str, list[Question]]) -> None:
+        rows = [question.fields for question in docs.get(str(task.config.task), [])]
+        config = task.config
+        splits = {config.test_split, config.validation_split, config.training_split, config.fewshot_split} - {None}
+        task.dataset = dict.fromkeys(splits, _Rows(rows))
+        config.process_docs = None
+
+    def read(task: ConfigurableTask, *arguments: Any, **options: Any) -> None:
+        if docs is not None:
+            give(task, docs)
+            return
+        mirror = mirror_folder(task.DATASET_PATH) if task.DATASET_PATH else None
+        if mirror is not None:
+            task.DATASET_PATH = str(mirror)
+        download(task, *arguments, **options)
+
+    ConfigurableTask.download = read
+    try:
+        yield
+    finally:
+        ConfigurableTask.download = download
+
+
+class _Rows(list[dict[str, Any]]):
+    """A list of documents where lm-eval looks for a datasets.Dataset."""
 
     @property
-    def eot_token_id(self) -> int:
-        return min(self.engine.eos_ids)
-
-    @property
-    def tokenizer_name(self) -> str:
-        return str(self.engine.tokenizer.name_or_path)
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return str(
-            self.engine.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        )
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; the chat template brings its own special tokens, plain text gets the tokenizer's."""
-        special = not self.chat if add_special_tokens is None else add_special_tokens
-        return list(self.engine.tokenizer(string, add_special_tokens=special)["input_ids"])
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        repeats: dict[int, int] = {}
-        asked = []
-        for instance in requests:
-            prompt, options = instance.args
-            repeat = repeats.get(id(instance), 0)
-            repeats[id(instance)] = repeat + 1
-            asked.append(Request(token_ids=tuple(self.tok_encode(prompt)), sampling=_sampling(options), repeat=repeat))
-        answers = self._answers(requests, asked)
-        return [answer.text for answer in answers if isinstance(answer, Answer)]
-
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
-    ) -> list[tuple[float, bool]]:
-        asked = [Request(token_ids=tuple(context), continuation=tuple(rest)) for _, context, rest in requests]
-        answers = self._answers(self._instances, asked)
-        return [(answer.logprob, answer.is_greedy) for answer in answers if isinstance(answer, Likelihood)]
-
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        self._instances = requests
-        return super().loglikelihood(requests, disable_tqdm=True)
-
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        raise EngineError("tasks that score whole texts by rolling likelihood are not available in this version")
-
-    def _answers(self, instances: list[Instance], asked: list[Request]) -> list[Answer | Likelihood]:
-        for instance, request in zip(instances, asked, strict=True):
-            self._require_fit(instance, request)
-        answers: dict[int, Answer | Likelihood] = {}
-        batches = self.engine.plan(asked)
-        self.on_progress(0, len(asked))
-        for members in batches:
-            batch = [asked[i] for i in members]
-            found = self.journal.find(batch)
-            if found is None:
-                found = self.engine.answer(batch)
-                self.journal.append(batch, found)
-            answers.update(zip(members, found, strict=True))
-            self.on_progress(len(answers), len(asked))
-        for index, instance in enumerate(instances):
-            self.asked.setdefault(_doc_id(instance), []).append((asked[index], answers[index]))
-        return [answers[index] for index in range(len(asked))]
-
-    def _require_fit(self, instance: Instance, request: Request) -> None:
-        room = request.sampling.max_tokens if request.sampling else len(request.continuation or ())
-        needed = len(request.token_ids) + room
-        if needed > self.engine.context_length:
-            raise EngineError(
-                f"{instance.task_name}, question {_doc_id(instance)}: {len(request.token_ids)} prompt tokens and {room} to answer "
-                f"are more than the model's context of {self.engine.context_length}; prompts are never cut to fit"
-            )
-
-
-def _sampling(options: dict[str, Any]) -> Sampling:
-    temperature = float(options["temperature"]) if options.get("do_sample") else 0.0
-    return Sampling(max_tokens=int(options["max_gen_toks"]), until=tuple(options["until"]), temperature=temperature)
-
-
-def _doc_id(instance: Instance) -> int:
-    assert instance.doc_id is not None
-    return int(instance.doc_id)
-
-
-def _sample_row(
-    task: str, scorer: str, sample: dict[str, Any], asked: list[tuple[Request, Answer | Likelihood]]
-) -> dict[str, Any]:
-    request, answer = asked[0]
-    is_text = isinstance(answer, Answer)
-    metrics = {name: float(sample[name]) for name in sample["metrics"]}
-    unparsed = metrics.get("unparsed")
-    truncated = isinstance(answer, Answer) and answer.finish_reason == "length"
-    return {
-        "schema": SCHEMA,
-        "task": task,
-        "question": sample["doc_id"],
-        "requests": [r.hash for r, _ in asked],
-        "cluster": sample["doc"].get("cluster", sample["doc_id"]),
-        "repeat": request.repeat,
-        "seed": request.seed,
-        "prompt": sample["arguments"][0][0],
-        "target": str(sample["target"]),
-        "response": answer.text if isinstance(answer, Answer) else [a.logprob for _, a in asked if isinstance(a, Likelihood)],
-        "metrics": metrics,
-        "scorer": scorer,
-        "finish_reason": answer.finish_reason if isinstance(answer, Answer) else None,
-        "n_tokens": len(answer.token_ids) if isinstance(answer, Answer) else None,
-        "is_incomplete": (truncated and bool(unparsed)) if is_text and unparsed is not None else None,
-        "seconds": sum(a.seconds for _, a in asked),
-    }
+    def features(self) -> dict[str, None]:
+        return dict.fromkeys(self[0]) if self else {}

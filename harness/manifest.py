@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from harness.judge_prompt import prompt_hash
 from harness.models import folder_of
 from harness.plan import Plan, Stage
 from harness.provenance import provenance
@@ -15,8 +16,10 @@ from harness.store import StoredStage
 from qad.footprint import footprint
 
 
-def manifest(plan: Plan, done: list[tuple[Stage, StoredStage]], *, run: str, is_complete: bool) -> dict[str, Any]:
-    """The content of run.json, given the stages that are done."""
+def manifest(
+    plan: Plan, done: list[tuple[Stage, StoredStage]], *, run: str, is_complete: bool, imported: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The content of run.json, given the stages that are done, and where the results come from that were scored elsewhere."""
     suite = plan.suite
     return {
         "schema": SCHEMA,
@@ -33,10 +36,17 @@ def manifest(plan: Plan, done: list[tuple[Stage, StoredStage]], *, run: str, is_
         "resolved": {
             "model": suite.model.model_dump(),
             "data": {name: section.model_dump() for name, section in suite.data.items()},
-            "tasks": [task.model_dump() for task in suite.tasks],
+            "tasks": [task.record for task in suite.tasks],
             "engine": suite.engine.model_dump(),
+            "judge": suite.judge.model_dump() | {"prompt": prompt_hash()} if suite.judge else None,
             "diagnostics": suite.diagnostics.model_dump() if suite.diagnostics else None,
         },
+        "imported": imported,
+        "gaps": [
+            {"variant": s.variant.name, "task": s.task.name, "n_missing": f.record["result"]["n_missing"]}
+            for s, f in done
+            if s.variant is not None and s.task is not None and f.record["result"].get("n_missing")
+        ],
         "data": {s.text.name: f.record["result"] for s, f in done if s.text is not None},
         "variants": [_variant_record(plan, variant, done) for variant in plan.variants],
         "stages": [
@@ -57,7 +67,7 @@ def manifest(plan: Plan, done: list[tuple[Stage, StoredStage]], *, run: str, is_
 def _variant_record(plan: Plan, variant: Any, done: list[tuple[Stage, StoredStage]]) -> dict[str, Any]:
     """A variant with its settings and what is known of its checkpoint."""
     settings = dataclasses.asdict(variant)
-    for name in ("quantization", "training", "teacher"):
+    for name in ("quantization", "training", "teacher", "endpoint"):
         section = getattr(variant, name)
         settings[name] = section.model_dump() if section else None
     checkpoint = plan.checkpoint_of[variant.name]

@@ -54,7 +54,26 @@ _TRAINING = (
     "qad/resume.py",
     "harness/training.py",
 )
-_SCORING = ("harness/evaluate.py", "harness/engines/__init__.py", "harness/engines/hf.py", "harness/stats.py")
+_ANSWERING = ("harness/evaluation.py", "harness/answering.py", "harness/engines/__init__.py", "harness/engines/hf.py")
+_JUDGING = (
+    "harness/judge.py",
+    "harness/judge_prompt.py",
+    "harness/judging.py",
+    "harness/answering.py",
+    "harness/engines/__init__.py",
+    "harness/engines/hf.py",
+    "harness/thinking.py",
+)
+_PREPARING = ("harness/prompts.py", "harness/evaluate.py", "harness/prepared.py", "harness/thinking.py")
+_SCORING = (
+    "harness/evaluate.py",
+    "harness/thinking.py",
+    "harness/evaluation.py",
+    "harness/aggregates.py",
+    "harness/stats.py",
+    "harness/judge.py",
+    "harness/judging.py",
+)
 SOURCES = {
     "model": _LOADING,
     "data": (
@@ -71,20 +90,36 @@ SOURCES = {
         "harness/tasks/world.py",
         "harness/tasks/mini.py",
     ),
-    "generate": ("harness/generation.py", "harness/scorers.py", "harness/engines/__init__.py", "harness/engines/hf.py"),
+    "generate": (
+        "harness/generation.py",
+        "harness/answering.py",
+        "harness/scorers.py",
+        "harness/engines/__init__.py",
+        "harness/engines/hf.py",
+    ),
     "calibrate": ("qad/calibrate.py", "qad/observe.py", "qad/recipe.py", "qad/kv_cache.py", *_LOADING),
     "quantize": (*_FORMAT, *_CHOICE, *_LOADING),
     "train": (*_FORMAT, *_LOADING, *_TRAINING),
-    "select": (*_FORMAT, *_LOADING, *_TRAINING, *_SCORING),
-    "evaluate": (
+    "select": (*_FORMAT, *_LOADING, *_TRAINING, *_ANSWERING, *_SCORING),
+    "prepare": _PREPARING,
+    "evaluate": (*_FORMAT, *_LOADING, *_ANSWERING),
+    "judge": (*_FORMAT, *_LOADING, *_JUDGING),
+    "score": _SCORING,
+    "vllm": ("qad/_vllm.py", "qad/vllm_plugin.py", "harness/engines/vllm.py", "harness/engines/vllm_worker.py"),
+    "diagnostics": (
         *_FORMAT,
         *_LOADING,
-        *_SCORING,
+        "qad/batch.py",
+        "qad/divergence.py",
+        "qad/losses.py",
+        "qad/clustered.py",
+        "qad/calibrate.py",
+        "harness/answers.py",
+        "harness/diagnostics.py",
     ),
-    "vllm": ("qad/_vllm.py", "qad/vllm_plugin.py", "harness/engines/vllm.py", "harness/engines/vllm_worker.py"),
-    "diagnostics": (*_FORMAT, *_LOADING, "qad/divergence.py", "qad/losses.py", "qad/clustered.py", "qad/calibrate.py"),
+    "server": ("harness/engines/exchange.py", "harness/engines/launch.py", "harness/engines/server.py"),
 }
-"""The files whose code decides the numbers of a stage, by its kind; "vllm": of what a stage adds with that engine; "generate": of
+"""The files whose code decides the numbers of a stage, by its kind; "vllm", "server": of what a stage adds with that engine; "generate": of
 what a "data" stage adds whose text a model writes."""
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from harness.done import adopt_imported, find_done
 from harness.plan import Plan, Stage, make_plan
+from harness.records import read_json
 from harness.schema_data import Bos, Teacher
 from harness.store import Store, StoredStage, cache_folder
 from harness.suite import load_suite
+from harness.tasks.sizes import MINI_TASKS, REQUESTS_A_QUESTION, n_questions
 
 
 def outline(path: Path) -> list[str]:
@@ -29,9 +31,10 @@ def outline(path: Path) -> list[str]:
         state = "external" if stage.is_external else "to do" if found is None else "imported" if found.is_imported else "stored"
         key = found.record["key"] if found is not None else stage.key
         begun = _begun(stage, store) if state == "to do" else ""
-        lines.append(f"  {state:8}  {key[:12]}  {stage.label}{_size(plan, stage)}{_origin(found)}{begun}")
+        lines.append(f"  {state:8}  {key[:12]}  {stage.label}{_size(plan, stage, store)}{_origin(found)}{begun}")
     defaults = dict.fromkeys((variant.group, default) for variant in plan.variants for default in variant.defaults)
     lines += [f"{group}: default {default}" for group, default in defaults]
+    lines += list(dict.fromkeys(task.default for task in plan.suite.tasks if task.default))
     return [*lines, *unused, *_left_behind(plan, store), f"{n_done} of {len(plan.stages)} stages are stored"]
 
 
@@ -68,7 +71,7 @@ def _left_behind(plan: Plan, store: Store) -> list[str]:
     return lines
 
 
-def _size(plan: Plan, stage: Stage) -> str:
+def _size(plan: Plan, stage: Stage, store: Store) -> str:
     section = None if stage.text is None else stage.text.section
     if isinstance(section, Teacher):
         prompts = "the prompts" if section.n_prompts is None else f"{section.n_prompts:,} prompts"
@@ -80,17 +83,30 @@ def _size(plan: Plan, stage: Stage) -> str:
     if stage.kind == "train" and stage.variant is not None and stage.variant.training is not None:
         settings = stage.variant.training
         return f" ({settings.tokens:,} tokens, {settings.batch_size} sequences a step, lr {settings.lr:g})"
+    if stage.kind == "prepare" and stage.task is not None:
+        n = _n_requests(stage, store)
+        return f" (not prepared: harness prepare {shlex.quote(str(plan.suite.path))})" if n is None else f" ({n:,} requests)"
     if stage.kind == "evaluate" and stage.task is not None:
-        requests = n_requests(stage.task.name, stage.task.limit)
-        return f" ({requests:,} requests)"
+        n = _n_requests(stage.inputs["task"], store)
+        return "" if n is None else f" ({stage.task.repeats * n:,} requests)"
     if stage.kind == "diagnostics" and plan.suite.diagnostics is not None:
-        return f" ({plan.suite.diagnostics.samples} sequences)"
+        unit = "answers a task" if plan.suite.diagnostics.on == "answers" else "sequences"
+        return f" ({plan.suite.diagnostics.samples} {unit})"
     return ""
 
 
-def n_requests(task: str, limit: int | None) -> int:
-    """How many requests a task makes: questions, times choices where they are scored by likelihood."""
-    from harness.tasks.sizes import REQUESTS_A_QUESTION, n_questions
+def _n_requests(prepared: Stage, store: Store) -> int | None:
+    """How many requests a task makes once; None where it has to be prepared to know."""
+    assert prepared.task is not None
+    found = find_done(prepared, store)
+    if found is not None:
+        return int(read_json(found.folder / "task.json")["n_requests"])
+    if prepared.task.name in MINI_TASKS and prepared.task.path is None:
+        return n_requests(prepared.task.name, prepared.task.limit)
+    return None
 
+
+def n_requests(task: str, limit: int | None) -> int:
+    """How many requests a mini task makes: questions, times choices where they are scored by likelihood."""
     questions = n_questions(task)
     return (questions if limit is None else min(limit, questions)) * REQUESTS_A_QUESTION.get(task, 1)

@@ -227,7 +227,7 @@ def compare_divergence(model: Any, teacher: Any, engine: Any, text: list[Sequenc
 def summarize(rows: dict[str, list[divergence.SequenceDivergence]]) -> dict[str, Any]:
     """Means over response tokens, and the paired difference over sequences with its standard error."""
     counts = [row.n_tokens for row in rows["ours"]]
-    differences = [math.fsum(v.kl) - math.fsum(o.kl) for v, o in zip(rows["vllm"], rows["ours"], strict=True)]
+    differences = [v.kl_sum - o.kl_sum for v, o in zip(rows["vllm"], rows["ours"], strict=True)]
     difference, stderr = ratio_with_stderr(differences, counts)
     means = {name: dataclasses.asdict(divergence.summarize(found)) for name, found in rows.items()}
     width = None if stderr is None else _Z95 * stderr

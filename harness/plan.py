@@ -12,19 +12,27 @@ from functools import cached_property
 from typing import Any
 
 from harness.errors import ModelError, SuiteError
+from harness.judge_prompt import prompt_hash
 from harness.models import Source, checkpoint_source, resolve_model
 from harness.numerics import versions
 from harness.provenance import PACKAGES, VLLM_PACKAGES, device_kind, package_versions, vllm_device_kind
-from harness.schema import Model, Quantization, Task, Teacher
+from harness.schema import Model, Quantization, Teacher
 from harness.schema_data import Mix
+from harness.schema_server import engine_identity, kinds_of
 from harness.sources import TextSource, find_source, identity
 from harness.store import Store
-from harness.suite import TASKS_FOLDER, ResolvedVariant, Suite
+from harness.suite import ResolvedVariant, Suite
+from harness.task_files import dataset_digests, fingerprint, gives_answers, metadata_of
+from harness.task_settings import ResolvedTask, plain_task
 
 _ABOUT_RECIPE = ("activations", "exclude", "fp8", "kv_cache")
 """Keys of [quantization] that calibration depends on; the rest acts later."""
 _NOT_IN_TRAINING_KEY = {"checkpoint_every", "select_tasks"}
 """Keys of [training] that do not change what training makes."""
+_OF_ONE_VARIANT = ("evaluate", "judge", "score", "diagnostics")
+"""Kinds of stage whose results are rows of a table."""
+_JUDGE = "judge"
+"""Label of the judge's model, where it is no other model of the plan."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Stage:
     sections: dict[str, Any]
     inputs: dict[str, Stage] = field(default_factory=dict)
     variant: ResolvedVariant | None = None
-    task: Task | None = None
+    task: ResolvedTask | None = None
     source: Source | None = None
     text: TextSource | None = None
 
@@ -50,10 +58,15 @@ class Stage:
         return self.source is not None and self.source.gguf is None
 
     @property
+    def quantization(self) -> Quantization:
+        """The settings of its variant, of a stage that quantizes."""
+        assert self.variant is not None and self.variant.quantization is not None
+        return self.variant.quantization
+
+    @property
     def numerics(self) -> dict[str, int]:
         """The numerics versions that decide its result, by kind."""
-        kinds = (self.kind, "vllm") if self.sections.get("engine", {}).get("kind") == "vllm" else (self.kind,)
-        return {kind: versions()[kind] for kind in kinds}
+        return {kind: versions()[kind] for kind in (self.kind, *kinds_of(self.sections.get("engine", {})))}
 
     @cached_property
     def key(self) -> str:
@@ -66,7 +79,10 @@ class Stage:
             "sections": self.sections,
             "inputs": {role: stage.key for role, stage in self.inputs.items()},
         }
-        if self.sections.get("engine", {}).get("kind") == "vllm":
+        kinds = kinds_of(self.sections.get("engine", {}))
+        if "server" in kinds:
+            parts["server"] = versions()["server"]
+        if "vllm" in kinds:
             parts["device"] = vllm_device_kind()
             parts["vllm"] = {"numerics": versions()["vllm"], "packages": package_versions(VLLM_PACKAGES)}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -74,13 +90,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages in the order in which they are made, and where the weights come from."""
+    """Stages in the order in which they are made, and where the weights come from. judge: a model that does nothing but judge."""
 
     suite: Suite
     source: Source
     variants: tuple[ResolvedVariant, ...]
     stages: tuple[Stage, ...]
     checkpoint_of: dict[str, Stage]
+    judge: Stage | None
 
     @property
     def digest(self) -> str:
@@ -100,10 +117,29 @@ def make_plan(suite: Suite, store: Store, *, only: tuple[str, ...] = ()) -> Plan
     checkpoints = {v.name: checkpoint_source(v.path, store) for v in variants if v.path is not None}
     teachers = {v.name: _teacher_source(v.teacher, store) for v in variants if v.teacher is not None}
     builder = _Builder(suite, source, checkpoints, teachers, store)
+    builder.add_tasks()
     for name in suite.data_with_stages(variants):
         builder.add_data(name)
     checkpoint_of = {variant.name: builder.add(variant) for variant in variants}
-    return Plan(suite, source, variants, tuple(builder.stages.values()), checkpoint_of)
+    _require_told_apart(suite, variants, checkpoint_of)
+    builder.add_verdicts()
+    judge = builder.judge if builder.judge is not None and builder.judge.label == _JUDGE else None
+    return Plan(suite, source, variants, tuple(builder.stages.values()), checkpoint_of, judge)
+
+
+def _require_told_apart(suite: Suite, variants: tuple[ResolvedVariant, ...], checkpoint_of: dict[str, Stage]) -> None:
+    """SuiteError for two endpoints that nothing but their address tells apart: the answers of one would stand for both."""
+    first: dict[tuple[str, str], str] = {}
+    for variant in variants:
+        if variant.endpoint is None:
+            continue
+        name = first.setdefault((checkpoint_of[variant.name].key, variant.endpoint.model), variant.name)
+        if name != variant.name:
+            raise SuiteError(
+                f'{suite.path}: variants "{name}" and "{variant.name}": the same checkpoint under the same model name '
+                f'"{variant.endpoint.model}" at two addresses, so the second would never be asked; serve one under another name, or '
+                "remove a variant"
+            )
 
 
 class _Builder:
@@ -117,12 +153,41 @@ class _Builder:
         self.sources: dict[str, TextSource] = {}
         self.stages: dict[tuple[str, str | None], Stage] = {}
         self.model = self._add(Stage("model", "model", {"fingerprint": source.fingerprint}, source=source))
+        self.judge: Stage | None = None
+        self._to_judge: list[Stage] = []
 
     def add(self, variant: ResolvedVariant) -> Stage:
         """Add what makes and measures a variant; returns the stage that makes its checkpoint."""
         checkpoint = self._checkpoint(variant)
         self._measure(variant, checkpoint)
         return checkpoint
+
+    def add_tasks(self) -> None:
+        """Add the stages that make tasks ready: before all that takes long, for a mistake in them shows there."""
+        for task in self.suite.tasks:
+            self._prepared(task)
+        if self.suite.judge is not None:
+            source = _named_source("judge", self.suite.judge.path, self.suite.judge.revision, self.store)
+            self.judge = self._add(Stage("model", _JUDGE, {"fingerprint": source.fingerprint}, source=source))
+
+    def add_verdicts(self) -> None:
+        """Add the stages that judge answers, and their scores: after all answers, so that the judge is loaded once."""
+        for answers in self._to_judge:
+            assert self.suite.judge is not None and self.judge is not None
+            judge = self.suite.judge
+            sections = judge.model_dump(exclude={"path", "revision", "endpoint"}, exclude_none=True) | {"prompt": prompt_hash()}
+            sections["engine"] = engine_identity(judge.engine, judge.endpoint, is_quantized=True)
+            inputs = {"answers": answers, "task": answers.inputs["task"], "judge": self.judge}
+            label = f"{answers.label}: judge"
+            verdicts = self._add(Stage("judge", label, sections, inputs, variant=answers.variant, task=answers.task))
+            self._score(answers, {"verdicts": verdicts})
+
+    def _score(self, answers: Stage, inputs: dict[str, Stage]) -> None:
+        task = answers.task
+        assert task is not None
+        sections = {"asked": task.asked, **_files(task)}
+        inputs = {"answers": answers, "task": answers.inputs["task"], **inputs}
+        self._add(Stage("score", f"{answers.label}: score", sections, inputs, variant=answers.variant, task=task))
 
     def _checkpoint(self, variant: ResolvedVariant) -> Stage:
         if variant.method == "bf16":
@@ -162,11 +227,14 @@ class _Builder:
             return trained
         judged = {
             "tasks": training.select_tasks,
-            "files": _task_fingerprint(),
-            "engine": self.suite.engine.model_dump(exclude_none=True),
+            "engine": engine_identity(self.suite.engine, variant.endpoint, is_quantized=True),
             "layout": quantization.layout,
         }
-        return self._add(Stage("select", f"{variant.name}: select", judged, inputs | {"trained": trained}, variant=variant))
+        inputs = inputs | {"trained": trained}  # another dictionary than that of the stage above
+        for name in training.select_tasks:
+            model = self.suite.model
+            inputs[f"task {name}"] = self._prepared(plain_task(name, model.thinking, model.system_prompt))
+        return self._add(Stage("select", f"{variant.name}: select", judged, inputs, variant=variant))
 
     def _quantized(self, variant: ResolvedVariant, quantization: Quantization) -> Stage:
         calibration = quantization.calibration
@@ -205,21 +273,48 @@ class _Builder:
 
     def _measure(self, variant: ResolvedVariant, checkpoint: Stage) -> None:
         for task in self.suite.tasks:
-            sections: dict[str, Any] = {
-                "task": task.model_dump(),
-                "files": _task_fingerprint(),
-                "engine": self.suite.engine.model_dump(exclude_none=True, exclude=_without_kernels(variant)),
-            }
-            inputs = {"checkpoint": checkpoint}
-            self._add(Stage("evaluate", f"{variant.name}: {task.name}", sections, inputs, variant=variant, task=task))
-        if self.suite.diagnostics is not None:
-            sections = {"samples": self.suite.diagnostics.samples}
-            inputs = {"checkpoint": checkpoint, "model": self.model, "data": self.add_data(self.suite.diagnostics.data)}
-            self._add(Stage("diagnostics", f"{variant.name}: diagnostics", sections, inputs, variant=variant))
+            answers = self._answered(variant, checkpoint, task)
+            if self.judge is not None and task.path is None and metadata_of(task.name).get("judge"):
+                self._to_judge.append(answers)
+            else:
+                self._score(answers, {})
+        given = self.suite.diagnostics
+        if given is None:
+            return
+        inputs = {"checkpoint": checkpoint, "model": self.model}
+        sections: dict[str, Any] = {"samples": given.samples}
+        if given.data is not None:
+            inputs["data"] = self.add_data(given.data)
+        else:
+            inputs |= self._real_answers()
+            sections["on"] = given.on
+        self._add(Stage("diagnostics", f"{variant.name}: diagnostics", sections, inputs, variant=variant))
+
+    def _answered(self, variant: ResolvedVariant, checkpoint: Stage, task: ResolvedTask) -> Stage:
+        engine = engine_identity(self.suite.engine, variant.endpoint, is_quantized=variant.method != "bf16")
+        sections: dict[str, Any] = {"engine": engine, "repeats": task.repeats, "seed": task.seed}
+        inputs = {"checkpoint": checkpoint, "task": self._prepared(task)}
+        return self._add(Stage("evaluate", f"{variant.name}: {task.name}", sections, inputs, variant=variant, task=task))
+
+    def _real_answers(self) -> dict[str, Stage]:
+        """What the BF16 model answered to the tasks whose answers are generated, whichever variants were chosen."""
+        bf16 = next(variant for variant in self.suite.variants if variant.method == "bf16")
+        found = {}
+        for task in self.suite.tasks:
+            if gives_answers(task.name, task.path) is not False:
+                found[f"task {task.name}"] = self._prepared(task)
+                found[f"answers {task.name}"] = self._answered(bf16, self.model, task)
+        return found
+
+    def _prepared(self, task: ResolvedTask) -> Stage:
+        sections: dict[str, Any] = {"asked": task.asked, **_files(task)}
+        if task.path is None and (dataset := metadata_of(task.name).get("dataset")) is not None:
+            sections["dataset"] = {"name": dataset, "files": dataset_digests(dataset, self.store)}
+        return self._add(Stage("prepare", f"task {task.name}", sections, {"model": self.model}, task=task))
 
     def _add(self, stage: Stage) -> Stage:
         """Keep the stage, or return the equal one that is there; rows of a table belong to one variant each."""
-        owner = stage.variant.name if stage.variant is not None and stage.kind in ("evaluate", "diagnostics") else None
+        owner = stage.variant.name if stage.variant is not None and stage.kind in _OF_ONE_VARIANT else None
         return self.stages.setdefault((stage.key, owner), stage)
 
 
@@ -231,20 +326,16 @@ def _without_calibration(quantization: Quantization) -> dict[str, Any]:
 def _teacher_source(teacher: Teacher, store: Store) -> Source:
     if teacher.path.startswith("package:"):
         raise SuiteError(f"teacher.path: {teacher.path}: a GGUF file cannot teach; give a checkpoint folder or a hub id")
+    return _named_source("teacher", teacher.path, teacher.revision, store)
+
+
+def _named_source(section: str, path: str, revision: str | None, store: Store) -> Source:
+    """A model that another section than [model] names."""
     try:
-        return resolve_model(Model(path=teacher.path, revision=teacher.revision), store)
+        return resolve_model(Model(path=path, revision=revision), store)
     except ModelError as error:
-        raise ModelError(str(error).replace("model.", "teacher.", 1)) from None
+        raise ModelError(str(error).replace("model.", f"{section}.", 1)) from None
 
 
-def _without_kernels(variant: ResolvedVariant) -> set[str]:
-    """Keys of [engine] that do not act on a variant: a BF16 model is computed in BF16 whatever kernels are asked for."""
-    return {"kernels"} if variant.method == "bf16" else set()
-
-
-def _task_fingerprint() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(TASKS_FOLDER.glob("*.*")):
-        if path.suffix in (".py", ".yaml"):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+def _files(task: ResolvedTask) -> dict[str, Any]:
+    return {"files": fingerprint(task.name, task.path)}

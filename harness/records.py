@@ -3,10 +3,13 @@
 <results>/<suite>/<run id>/
     run.json                       what was asked, resolved; provenance; stages and their keys
     tasks.jsonl                    a row a (variant, task, metric)
+    subtasks.jsonl                 a row a (variant, task, subtask, metric), of tasks with several
     diagnostics.jsonl              a row a variant
     diagnostics_sequences.jsonl    a row a (variant, sequence): what paired differences need
     training/<variant>.jsonl       a row a step, and a row a validation; .svg and .png beside it are its figure
+    tasks/<task>/                  what was asked: task.json, docs.jsonl.zst, requests.jsonl.zst
     samples/<variant>.<task>.jsonl.zst
+                                   a row a (question, repeat): what was answered, what it was worth
     table.md, table.csv, table.json
 """
 
@@ -14,8 +17,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ from harness.errors import StoreError
 from harness.store import StoredStage, disk_errors, make_folder, write_json, write_text
 
 SCHEMA = 1
+_NOT_IN_ROWS = ("metrics", "subtasks", "notes", "excluded")
 MARKER = "harness-results.json"
 
 
@@ -43,15 +49,17 @@ def open_results(folder: Path) -> Path:
     return folder
 
 
-def open_run(results: Path, suite: str, digest: str, *, has_work: bool) -> Path:
+def open_run(results: Path, suite: str, digest: str, *, has_work: bool, imported: Sequence[list[str]] = ()) -> Path:
     """The folder of the run with this plan: the one that exists, or a new one named by time and plan.
 
-    A complete run is never written again: where work is left although it is complete (the cache was deleted), a new one begins.
+    A complete run is never written again: where work is left although it is complete (the cache was deleted), or where it lists other
+    imported results than those of these identities, a new one begins.
     """
     for path in sorted((results / suite).glob("*/run.json"), reverse=True):
         with contextlib.suppress(StoreError):  # an older run that cannot be read is not this one
             about = read_json(path)
-            if about.get("plan") == digest and not (has_work and about.get("status") == "complete"):
+            is_current = not has_work and [each["identity"] for each in about.get("imported", ())] == list(imported)
+            if about.get("plan") == digest and (is_current or about.get("status") != "complete"):
                 return path.parent
     folder = results / suite / f"{time.strftime('%Y%m%d-%H%M%S')}-{digest[:8]}"
     make_folder(folder, "the results folder")
@@ -63,13 +71,21 @@ def is_complete(run: Path) -> bool:
     return (run / "run.json").is_file() and read_json(run / "run.json")["status"] == "complete"
 
 
-def write_rows(folder: Path, stages: list[tuple[Any, StoredStage]]) -> None:
-    """Write the row files and samples of a run from its finished stages, given as (planned stage, stored stage)."""
-    tasks, diagnostics, sequences = [], [], []
+def write_rows(folder: Path, stages: list[tuple[Any, StoredStage]], imported: Sequence[dict[str, Any]] = ()) -> None:
+    """Write the row files and samples of a run from its finished stages, given as (planned stage, stored stage).
+
+    imported: rows of tasks.jsonl that were scored elsewhere; they stand last.
+    """
+    tasks, subtasks, diagnostics, sequences = [], [], [], []
     with disk_errors(f"the run folder {folder}"):
         for stage, stored in stages:
-            if stage.kind == "evaluate":
-                tasks += _task_rows(stage, read_json(stored.folder / "result.json"))
+            if stage.kind == "prepare":
+                for name in ("task.json", "docs.jsonl.zst", "requests.jsonl.zst"):
+                    _copy(stored.folder / name, folder / "tasks" / stage.task.name / name)
+            elif stage.kind == "score":
+                result = read_json(stored.folder / "result.json")
+                tasks += task_rows(stage.variant.name, stage.task.name, result)
+                subtasks += subtask_rows(stage.variant.name, stage.task.name, result)
                 _copy(
                     stored.folder / "samples.jsonl.zst",
                     folder / "samples" / f"{stage.variant.name}.{stage.task.name}.jsonl.zst",
@@ -81,18 +97,30 @@ def write_rows(folder: Path, stages: list[tuple[Any, StoredStage]]) -> None:
                 sequences += [{"schema": SCHEMA, "variant": stage.variant.name, **row} for row in rows]
             elif stage.kind == "train":
                 _copy(stored.folder / "training.jsonl", folder / "training" / f"{stage.variant.name}.jsonl")
-        for name, rows in (("tasks", tasks), ("diagnostics", diagnostics), ("diagnostics_sequences", sequences)):
-            write_text(
-                folder / f"{name}.jsonl", "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows)
-            )
+        write_lines(folder / "tasks.jsonl", [*tasks, *imported])
+        write_lines(folder / "subtasks.jsonl", subtasks)
+        write_lines(folder / "diagnostics.jsonl", diagnostics)
+        write_lines(folder / "diagnostics_sequences.jsonl", sequences)
 
 
-def write_samples(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Sample rows as zstd-compressed JSON lines."""
-    text = "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows)
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Rows as JSON lines, atomically."""
+    write_text(path, "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows))
+
+
+def write_samples(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Sample rows as zstd-compressed JSON lines, atomically."""
     import zstandard
 
-    path.write_bytes(zstandard.compress(text.encode()))
+    lines = bytearray()  # not a list of texts to join: the prompts of a task may have 100 MB
+    for row in rows:
+        lines += json.dumps(row, sort_keys=True, allow_nan=False).encode() + b"\n"
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(zstandard.compress(lines))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_samples(path: Path) -> list[dict[str, Any]] | None:
@@ -102,7 +130,7 @@ def read_samples(path: Path) -> list[dict[str, Any]] | None:
     import zstandard
 
     try:
-        return [json.loads(line) for line in zstandard.decompress(path.read_bytes()).decode().splitlines()]
+        return [json.loads(line) for line in zstandard.decompress(path.read_bytes()).splitlines()]
     except (zstandard.ZstdError, ValueError) as error:
         raise StoreError(f"{path}: damaged ({error}); run the suite again") from error
 
@@ -137,16 +165,26 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _task_rows(stage: Any, result: dict[str, Any]) -> list[dict[str, Any]]:
-    shared = {key: result[key] for key in ("primary", "incomplete_rate", "kernels", "is_partial", "version")}
+def task_rows(variant: str, task: str, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row a metric of what scoring a task came to."""
+    shared = {key: value for key, value in result.items() if key not in _NOT_IN_ROWS}
     return [
-        {"schema": SCHEMA, "variant": stage.variant.name, "task": stage.task.name, "metric": metric, **values, **shared}
+        {**shared, "schema": SCHEMA, "variant": variant, "task": task, "metric": metric, **values}
         for metric, values in result["metrics"].items()
     ]
 
 
+def subtask_rows(variant: str, task: str, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row a subtask and metric of a task that has several subtasks; none of another."""
+    return [
+        {"schema": SCHEMA, "variant": variant, "task": task, "subtask": name, "metric": metric, **values}
+        for name, metrics in result.get("subtasks", {}).items()
+        for metric, values in metrics.items()
+    ]
+
+
 def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(exist_ok=True, parents=True)
     partial = target.with_name(f".{target.name}")
     shutil.copyfile(source, partial)
     partial.replace(target)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.done import about_stage, adopt_imported, find_done, is_done
+from harness.imports import copy_imported, identities, imported_for
 from harness.manifest import manifest
-from harness.plan import Plan, make_plan
+from harness.plan import Plan, Stage, make_plan
 from harness.plots import plot_trainings
 from harness.progress import Reporter
 from harness.provenance import provenance
-from harness.records import is_complete, open_results, open_run, write_rows
+from harness.records import is_complete, open_results, open_run, read_json, write_rows
 from harness.store import Store, cache_folder, disk_errors, write_json, write_text
 from harness.suite import load_suite
 from harness.tables import build_grid, build_table, print_grid, render
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
     from harness.stages import Workbench
 
 
-def run_suite(path: Path, results: Path, only: tuple[str, ...], reporter: Reporter) -> None:
+def run_suite(path: Path, results: Path, only: tuple[str, ...], reporter: Reporter) -> bool:
     """Run the suite at `path`: what is stored is found again, everything else is made and recorded.
 
-    Of several ranks under torchrun the first does this; the others take part in training alone.
+    Of several ranks under torchrun the first does this; the others take part in training alone. Returns whether responses are missing.
     """
     suite = load_suite(path)
     store = Store(cache_folder())
@@ -37,17 +38,33 @@ def run_suite(path: Path, results: Path, only: tuple[str, ...], reporter: Report
     unused = adopt_imported(plan, store)
     if is_follower():
         follow(plan, store, results, reporter)
-        return
+        return False
     with leading():
         for line in unused:
             reporter.say(f"  {line}")
-        _run(plan, store, open_results(results), reporter)
+        return _run(plan, store, open_results(results), reporter)
 
 
-def _run(plan: Plan, store: Store, results: Path, reporter: Reporter) -> None:
+def prepare_suite(path: Path, results: Path, reporter: Reporter) -> None:
+    """Make the tasks of the suite at `path` ready, and nothing else: `plan` then knows how many requests they take."""
+    suite = load_suite(path)
+    store = Store(cache_folder())
+    plan = make_plan(suite, store)
+    wanted = [stage for stage in plan.stages if stage.kind == "prepare"]
+    if all(is_done(stage, store) for stage in wanted):
+        reporter.say(f"{suite.name}: all {len(wanted)} tasks are prepared")
+        return
+    bench = _bench(plan, store, open_results(results), reporter)
+    with contextlib.closing(bench):
+        for stage in (plan.stages[0], *wanted):
+            if not is_done(stage, store):
+                _do_stage(bench, stage, store)
+
+
+def _run(plan: Plan, store: Store, results: Path, reporter: Reporter) -> bool:
     suite = plan.suite
     pending = [stage for stage in plan.stages if not is_done(stage, store)]
-    folder = open_run(results, suite.name, plan.digest, has_work=bool(pending))
+    folder = open_run(results, suite.name, plan.digest, has_work=bool(pending), imported=identities(plan, results))
     try:
         if pending:
             _do(plan, store, results, folder, reporter)
@@ -58,6 +75,12 @@ def _run(plan: Plan, store: Store, results: Path, reporter: Reporter) -> None:
             _write(plan, store, folder)
     _show(folder, reporter)
     reporter.say(f"Results: {folder}")
+    gaps = read_json(folder / "run.json")["gaps"]
+    for gap in gaps:
+        reporter.say(
+            f"{gap['variant']} {gap['task']}: {gap['n_missing']:,} responses are missing; the same command asks for them"
+        )
+    return bool(gaps)
 
 
 def _do(plan: Plan, store: Store, results: Path, folder: Path, reporter: Reporter) -> None:
@@ -65,12 +88,16 @@ def _do(plan: Plan, store: Store, results: Path, folder: Path, reporter: Reporte
     reporter.say(f"{plan.suite.name}: {n_pending} of {len(plan.stages)} stages to do")
     for note in plan.source.notes:
         reporter.say(f"  {note}")
+    bench = _bench(plan, store, results, reporter)
+    with contextlib.closing(bench):
+        _do_stages(bench, plan, store, folder, reporter)
+
+
+def _bench(plan: Plan, store: Store, results: Path, reporter: Reporter) -> Workbench:
     os.environ["TQDM_DISABLE"] = "1"  # before the libraries that read it are imported: the progress shown is ours
     from harness.stages import Workbench
 
-    bench = Workbench(plan, store, results / "journals", reporter)
-    with contextlib.closing(bench):
-        _do_stages(bench, plan, store, folder, reporter)
+    return Workbench(plan, store, results / "journals", reporter)
 
 
 def _do_stages(bench: Workbench, plan: Plan, store: Store, folder: Path, reporter: Reporter) -> None:
@@ -78,28 +105,34 @@ def _do_stages(bench: Workbench, plan: Plan, store: Store, folder: Path, reporte
     for stage in plan.stages:
         if is_done(stage, store):
             continue
-        if stage.kind not in ("model", "data") and not is_checked:
+        if stage.kind not in ("model", "prepare", "data") and not is_checked:
             bench.check_suite()
             is_checked = True
         if stage.kind == "train" and not has_table:
             _write(plan, store, folder)
             _show(folder, reporter)
             has_table = True
-        began = time.monotonic()
-        record = about_stage(stage, store)
-        with store.writing(stage.key, record) as stage_folder:
-            record["result"] = bench.run(stage, stage_folder)
-            record |= {"seconds": time.monotonic() - began, "peak_memory_bytes": _peak_memory(), "provenance": provenance()}
-        bench.tidy(stage)
+        _do_stage(bench, stage, store)
+
+
+def _do_stage(bench: Workbench, stage: Stage, store: Store) -> None:
+    began = time.monotonic()
+    record = about_stage(stage, store)
+    with store.writing(stage.key, record) as stage_folder:
+        record["result"] = bench.run(stage, stage_folder)
+        record |= {"seconds": time.monotonic() - began, "peak_memory_bytes": _peak_memory(), "provenance": provenance()}
+    bench.tidy(stage)
 
 
 def _write(plan: Plan, store: Store, folder: Path) -> None:
     """Bring the run folder up to what is done."""
     done = [(stage, found) for stage in plan.stages if (found := find_done(stage, store)) is not None]
-    write_rows(folder, done)
+    imported = imported_for(plan, folder.parent.parent)
     with disk_errors(f"the run folder {folder}"):
+        write_rows(folder, done, copy_imported(imported, folder))
         is_complete_now = all(is_done(stage, store) for stage in plan.stages)
-        write_json(folder / "run.json", manifest(plan, done, run=folder.name, is_complete=is_complete_now))
+        about = manifest(plan, done, run=folder.name, is_complete=is_complete_now, imported=[each.about() for each in imported])
+        write_json(folder / "run.json", about)
         table = build_table(folder)
         plot_trainings(folder)
         write_json(folder / "table.json", table)

@@ -7,20 +7,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from harness.schema_data import Data
+from harness.schema_evaluation import SamplingSettings, Task, Thinking
+from harness.schema_server import Endpoint, Launch
 from harness.section import Name, Positive, PositiveFloat, Section, Seed
 
 NOT_AVAILABLE_KEYS = {
     "gate": "release gates",
     "reference": "published figures beside ours",
-    "task.repeats": "sampled repeats",
-    "task.sampling": "sampled repeats",
-    "task.temperature": "sampled repeats",
-    "task.path": "task files of your own",
-    "diagnostics.on": "diagnostics on answers",
 }
 NOT_AVAILABLE_VALUES = {
     "model.kind": {"image-text": "vision-language models"},
-    "engine.kind": {"server": "the server engine"},
 }
 """Legal in the format, by section and key (and value), with what they will be."""
 
@@ -32,6 +28,7 @@ class Model(Section):
 
     trust_remote_code: run the Python files that lie beside the weights; they are part of what identifies the model.
     post_training: what was done to it after pretraining; where a source recommends something for it, that is the default.
+    thinking: of a reasoning model; without it a response is an answer as a whole. system_prompt: before every question in chat.
     """
 
     path: Annotated[str, Field(min_length=1)]
@@ -39,6 +36,8 @@ class Model(Section):
     kind: Literal["text"] = "text"
     trust_remote_code: bool = False
     post_training: Literal["sft", "rl", "merged", "unknown"] = "unknown"
+    thinking: Thinking | None = None
+    system_prompt: Annotated[str, Field(min_length=1)] | None = None
 
 
 class Teacher(Section):
@@ -146,6 +145,7 @@ class Variant(Section):
 
     seeds: trains one for each. teacher, loss, temperature, ce_weight: of "qad", whose loss is "kl" where nothing is said;
         "kl_ce" is (1 - ce_weight) KL + ce_weight CE.
+    endpoint: the server that serves its checkpoint already, where engine.kind = "server" starts none.
     """
 
     name: Name
@@ -159,30 +159,41 @@ class Variant(Section):
     loss: Literal["kl", "mse", "kl_ce"] | None = None
     temperature: PositiveFloat | None = None
     ce_weight: Annotated[float, Field(gt=0, lt=1)] | None = None
-
-
-class Task(Section):
-    """A task by name. `limit` takes its first questions only and marks every row of it as partial."""
-
-    name: str
-    limit: Positive | None = None
+    endpoint: Endpoint | None = None
 
 
 class Engine(Section):
     """What answers the requests. `args` are passed on, keyed and recorded.
 
     kernels: what computes quantized linear layers; for vLLM, which would otherwise choose by what is installed.
+    launch: how kind "server" starts a server for each checkpoint; left out, with vLLM's own, unless the variants have endpoints.
     """
 
-    kind: Literal["hf", "vllm"]
+    kind: Literal["hf", "vllm", "server"]
     kernels: Literal["native", "w4a4_emulation", "w4a16"] | None = None
     args: dict[str, Any] = {}
+    launch: Launch | None = None
+
+
+class Judge(Section):
+    """The model that judges the answers of a task that needs it, by `path` as in [model], on an engine of its own.
+
+    endpoint: the server that serves it already, with engine.kind = "server". max_tokens: of a verdict. thinking: how the judge marks its thinking; left out, a reply is a verdict as a whole.
+    """
+
+    path: Annotated[str, Field(min_length=1)]
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    engine: Engine
+    endpoint: Endpoint | None = None
+    max_tokens: Positive = 64
+    thinking: Thinking | None = None
 
 
 class Diagnostics(Section):
-    """KL and CE against BF16 on `samples` held-out sequences of `data`."""
+    """KL and CE against BF16, on `samples` held-out sequences of `data`, or on so many of the BF16 model's own answers to each task."""
 
-    data: str
+    on: Literal["text", "answers"] = "text"
+    data: str | None = None
     samples: Annotated[int, Field(ge=2)] = 128
 
 
@@ -196,6 +207,8 @@ class File(Section):
     data: dict[str, Data] = {}
     training: Training | None = None
     variant: Annotated[tuple[Variant, ...], Field(min_length=1)]
+    sampling: SamplingSettings | None = None
     task: tuple[Task, ...] = ()
     engine: Engine
+    judge: Judge | None = None
     diagnostics: Diagnostics | None = None

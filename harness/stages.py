@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
-import time
-from itertools import count
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness import evaluate, loading, training
+from harness import diagnostics, evaluation, judging, loading, training
 from harness.batches import batches_of, inputs_of, ticking
 from harness.data_stage import DataWork, make_data, what_became
+from harness.done import is_done
 from harness.engines.serving import Serving
 from harness.errors import DataError, HarnessError, ModelError
 from harness.models import folder_fingerprint, folder_of
@@ -25,12 +25,10 @@ from harness.plan import Plan, Stage
 from harness.progress import Reporter
 from harness.provenance import RECORDED, package_versions
 from harness.recipes import recipe_of
-from harness.records import SCHEMA, write_samples
-from harness.schema import Quantization
-from harness.store import Store, write_json, write_text
+from harness.store import Store, write_json
+from harness.tasks.needs import require
 from harness.token_store import StoredSequences
 from qad import divergence, ranks
-from qad.batch import Batch
 from qad.calibrate import calibrate, counting_blocks, require_unsaturated, second_moments
 from qad.checkpoint import Loaded, write_checkpoint
 from qad.errors import memory_asked_for
@@ -42,34 +40,46 @@ SECOND_MOMENTS = "input_second_moments.safetensors"
 _SPLIT_OF = {"calibrate": "calibration", "diagnostics": "diagnostics"}
 VALIDATION_SEQUENCES = 8
 """Held-out sequences on which saturation is checked and exports are compared."""
-TEACHER_MEMORY_BYTES = 1 << 30
-"""Final hidden states of the teacher on the diagnostics text are kept for the next variant up to this size."""
 
 
 class Workbench:
     """Runs stages. Keeps the BF16 model and the last candidate in memory, since neighbours in a plan share them."""
 
     def __init__(self, plan: Plan, store: Store, journals: Path, reporter: Reporter) -> None:
+        for stage in plan.stages:  # what a score takes must be here before a model is loaded
+            if stage.kind in ("prepare", "score") and stage.task and stage.task.path is None and not is_done(stage, store):
+                require(stage.task.name)
         self.plan, self.store, self.journals, self.reporter = plan, store, journals, reporter
         self._loaded: dict[str, Loaded] = {}
-        self._teacher_hidden: dict[str, list[Tensor]] = {}
-        self._serving = Serving(plan.suite.engine)
+        self.teacher_hidden: dict[str, list[Tensor]] = {}  # on the text of the diagnostics, by the teacher's key
+        endpoints = tuple(v.endpoint for v in plan.variants if v.endpoint is not None)
+        self._serving = Serving(plan.suite.engine, endpoints=endpoints, records=journals / "endpoints")
+        judge = plan.suite.judge
+        self._judge: Serving | None = None
+        if judge is not None:
+            given = () if judge.endpoint is None else (judge.endpoint,)
+            self._judge = Serving(judge.engine, endpoints=given, records=journals / "endpoints")
         loading.quiet_libraries()
 
     def run(self, stage: Stage, folder: Path) -> dict[str, Any]:
         """Do the work of `stage` into `folder`; returns what its record says beside keys and digests."""
-        work = {
+        work: dict[str, Callable[[Stage, Path], dict[str, Any]]] = {
             "model": self._model,
             "data": self._data,
             "calibrate": self._calibrate,
             "quantize": self._quantize,
             "train": self._train,
             "select": self._select,
-            "evaluate": self._evaluate,
-            "diagnostics": self._diagnostics,
+            "prepare": partial(evaluation.prepare, self),
+            "evaluate": partial(evaluation.answer, self),
+            "judge": partial(judging.judge, self),
+            "score": partial(evaluation.score, self),
+            "diagnostics": partial(diagnostics.diagnose, self),
         }
-        if stage.kind != "evaluate":
-            self.close()
+        if stage.kind not in ("evaluate", "score"):
+            self._serving.close()
+        if stage.kind not in ("judge", "score"):
+            self._close_judge()
         try:
             return work[stage.kind](stage, folder)
         except (RuntimeError, MemoryError) as error:
@@ -84,26 +94,32 @@ class Workbench:
     def check_suite(self) -> None:
         """Raise now what would otherwise end the run after hours: recipes that do not fit, text that is too short."""
         bf16 = self.plan.stages[0]
-        for stage in (s for s in self.plan.stages if s.kind == "model"):
+        for stage in (s for s in self.plan.stages if s.kind == "model" and s is not self.plan.judge):
             self._serving.require(self.folder_of(stage))
+        for stage in (s for s in self.plan.stages if s.kind == "judge"):
+            assert self._judge is not None
+            self._judge.require(self.folder_of(stage.inputs["judge"]))
         for variant in self.plan.variants:
             if variant.quantization is not None:
                 match(self.load(bf16).model, recipe_of(variant.quantization))
         for stage in self.plan.stages:
             if stage.kind == "train":
                 training.check(self, stage)
-            elif stage.kind == "model" and stage is not bf16:
+                self._held_out(stage)
+            elif stage.kind == "model" and stage not in (bf16, self.plan.judge):  # whose tokenizer renders all prompts
                 self._require_same_vocabulary(bf16, stage)
+            elif stage.kind == "evaluate":
+                evaluation.check(self, stage)
             elif stage.kind == "quantize":
                 self.sequences(stage.inputs["data"], "validation", VALIDATION_SEQUENCES)
-            elif stage.kind in ("calibrate", "diagnostics"):
+            elif stage.kind in _SPLIT_OF and "data" in stage.inputs:
                 self.sequences(stage.inputs["data"], _SPLIT_OF[stage.kind], stage.sections["samples"])
 
     def _require_same_vocabulary(self, bf16: Stage, other: Stage) -> None:
         """KL compares probabilities token by token: with other tokens there is none."""
         folders = [self.folder_of(bf16), self.folder_of(other)]
         sizes = [json.loads((folder / "config.json").read_text()).get("vocab_size") for folder in folders]
-        vocabularies = [self._tokenizer(folder).get_vocab() for folder in folders]
+        vocabularies = [self.tokenizer(folder).get_vocab() for folder in folders]
         if sizes[0] != sizes[1] or vocabularies[0] != vocabularies[1]:
             raise ModelError(
                 f"{other.label}: {folders[1]} has another vocabulary ({sizes[1]} tokens) than the model ({sizes[0]}); "
@@ -131,7 +147,7 @@ class Workbench:
         model_folder = self.folder_of(model)
         work = DataWork(
             model=model_folder,
-            tokenizer=self._tokenizer(model_folder),
+            tokenizer=self.tokenizer(model_folder),
             load=lambda: self.load(model),
             parts=[self.folder_of(part) for role, part in stage.inputs.items() if role != "model"],
             journals=self.journals,
@@ -146,7 +162,7 @@ class Workbench:
     def _calibrate(self, stage: Stage, folder: Path) -> dict[str, Any]:
         sequences = self.sequences(stage.inputs["data"], _SPLIT_OF[stage.kind], stage.sections["samples"])
         batches = [inputs_of(batch.to(ranks.device())) for batch in batches_of(sequences)]
-        model, recipe = self.load(stage.inputs["model"]).model, recipe_of(_quantization(stage))
+        model, recipe = self.load(stage.inputs["model"]).model, recipe_of(stage.quantization)
         skip = stage.sections["skip_first_token"]
         with self.reporter.track(stage.label) as advance:
             amax = calibrate(model, recipe, ticking(batches, advance), skip_first_token=skip)
@@ -156,7 +172,7 @@ class Workbench:
         return {"n_sequences": len(sequences), "n_tokens": sum(map(len, sequences))}
 
     def _quantize(self, stage: Stage, folder: Path) -> dict[str, Any]:
-        limits = _quantization(stage).calibration
+        limits = stage.quantization.calibration
         with self.reporter.track(stage.label) as advance:
             student, targets = self.fresh_student(stage, self._choices(stage))
             batches = batches_of(self.sequences(stage.inputs["data"], "validation", VALIDATION_SEQUENCES))
@@ -207,72 +223,46 @@ class Workbench:
         """The suite's engine with the checkpoint in `folder`, which is no stage."""
         return self._serving.engine(key, folder, lambda: self._read(folder, ranks.device()))
 
-    def _evaluate(self, stage: Stage, folder: Path) -> dict[str, Any]:
-        assert stage.task is not None
+    def engine(self, stage: Stage) -> Any:
+        """The suite's engine with the checkpoint of an "evaluate" stage."""
         checkpoint = stage.inputs["checkpoint"]
-        began = time.monotonic()
-        with self.reporter.track(stage.label) as advance:
-            engine = self._serving.engine(checkpoint.key, self.folder_of(checkpoint), lambda: self.load(checkpoint))
-            found = evaluate.evaluate_task(
-                stage.task.name,
-                engine,
-                weights=folder_fingerprint(self.folder_of(checkpoint), self.store),
-                journals=self.journals,
-                limit=stage.task.limit,
-                on_progress=lambda done, total: advance(done, total, ""),
-            )
-        write_samples(folder / "samples.jsonl.zst", found.samples)
-        write_json(folder / "result.json", {"schema": SCHEMA, **found.result})
-        return {"seconds_answering": time.monotonic() - began, "backend": engine.backend}
+        folder = self.folder_of(checkpoint)
+        return self._serving.engine(
+            checkpoint.key,
+            folder,
+            lambda: self.load(checkpoint),
+            weights=folder_fingerprint(folder, self.store),
+            endpoint=stage.variant.endpoint if stage.variant else None,
+        )
+
+    def context_length(self, stage: Stage) -> int | None:
+        """Tokens that the engine of an "evaluate" stage will hold; None where only the engine can say."""
+        return self._serving.context_length(self.folder_of(self.plan.stages[0]))
+
+    def judge_engine(self, model: Stage) -> Any:
+        """The engine of [judge] with its model."""
+        assert self._judge is not None
+        judge, folder = self.plan.suite.judge, self.folder_of(model)
+        return self._judge.engine(
+            model.key,
+            folder,
+            lambda: self.load(model),
+            weights=folder_fingerprint(folder, self.store),
+            endpoint=judge.endpoint if judge is not None else None,
+        )
 
     def close(self) -> None:
-        """End the engine's process, if there is one."""
+        """End the processes of engines, if there are any."""
         self._serving.close()
+        self._close_judge()
 
-    def _diagnostics(self, stage: Stage, folder: Path) -> dict[str, Any]:
-        teacher_stage, checkpoint = stage.inputs["model"], stage.inputs["checkpoint"]
-        batches = batches_of(self.sequences(stage.inputs["data"], _SPLIT_OF[stage.kind], stage.sections["samples"]))
-        teacher, candidate = self.load(teacher_stage), self.load(checkpoint)
-        is_known = teacher_stage.key in self._teacher_hidden
-        total = len(batches) * (1 if is_known else 2)
-        with self.reporter.track(stage.label) as advance:
-            ticks = count(1)
-
-            def tick() -> None:
-                advance(next(ticks), total, "")
-
-            teacher_hidden = self._teacher_states(teacher_stage, teacher, batches, tick)
-            hidden = teacher_hidden if candidate is teacher else divergence.final_hidden(candidate.model, batches)
-            heads = [loaded.model.get_output_embeddings().weight for loaded in (candidate, teacher)]
-            with counting_blocks(candidate.model) as counts:
-                response, everything = divergence.measure(hidden, heads[0], teacher_hidden, heads[1], batches, on_batch=tick)
-        result = {
-            "schema": SCHEMA,
-            "response": dataclasses.asdict(divergence.summarize(response)),
-            "all": dataclasses.asdict(divergence.summarize(everything)),
-            "kernels": candidate.kernels,
-            "saturated_share": counts.saturated / counts.total if counts.total else None,
-            "overshoot": counts.overshoot if counts.total else None,
-            "subnormal_share": counts.subnormal / counts.total if counts.total else None,
-        }
-        write_json(folder / "result.json", result)
-        rows = [
-            {
-                "schema": SCHEMA,
-                "sequence": i,
-                "kl_sum": math.fsum(r.kl),
-                "n_tokens": r.n_tokens,
-                "ce_sum": r.ce_sum,
-                "top1_sum": r.top1_sum,
-            }
-            for i, r in enumerate(response)
-        ]
-        write_text(folder / "sequences.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        return {"n_sequences": len(rows)}
+    def _close_judge(self) -> None:
+        if self._judge is not None:
+            self._judge.close()
 
     def _choices(self, stage: Stage) -> dict[str, Any]:
         """What the scale rule of a "quantize" stage needs to choose by."""
-        quantization, calibration = _quantization(stage), stage.inputs["calibration"]
+        quantization, calibration = stage.quantization, stage.inputs["calibration"]
         choices: dict[str, Any] = {}
         if quantization.scale_weighting == "second_moment":
             choices["second_moments"] = load_file(self.folder_of(calibration) / SECOND_MOMENTS)
@@ -283,7 +273,7 @@ class Workbench:
 
     def fresh_student(self, stage: Stage, choices: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         """A copy of the BF16 model, quantized as PTQ is; `choices` are further arguments of `quantize_model`."""
-        recipe = recipe_of(_quantization(stage))
+        recipe = recipe_of(stage.quantization)
         model = self._read(self.folder_of(stage.inputs["model"]), torch.device("cpu")).model
         targets = match(model, recipe)
         amax = json.loads((self.folder_of(stage.inputs["calibration"]) / "input_amax.json").read_text())
@@ -295,7 +285,7 @@ class Workbench:
         companions = self.folder_of(stage.inputs["model"])
         record = {
             "stage": stage.key,
-            "layout": _quantization(stage).layout,
+            "layout": stage.quantization.layout,
             "recipe": stage.sections["quantization"],
             "inputs": {role: self._digest(given) for role, given in stage.inputs.items()},
             "training": stage.sections.get("training"),
@@ -303,10 +293,10 @@ class Workbench:
             "packages": package_versions(RECORDED),
         }
         write_checkpoint(
-            folder, student, targets=targets, companions=companions, record=record, layout=_quantization(stage).layout
+            folder, student, targets=targets, companions=companions, record=record, layout=stage.quantization.layout
         )
         loaded = self._read(folder, ranks.device())
-        batch = batches_of(self.sequences(stage.inputs["data"], "validation", VALIDATION_SEQUENCES))[0].to(ranks.device())
+        batch = batches_of(self._held_out(stage))[0].to(ranks.device())
         with torch.no_grad():
             expected = student.to(ranks.device()).eval()(**batch.inputs).logits
             found = loaded.model(**batch.inputs).logits
@@ -316,17 +306,6 @@ class Workbench:
                 f"{stage.label}: the exported checkpoint does not reproduce the model in memory (logits differ by up to {difference:g}); report this"
             )
         return {"load_back": "identical logits"}
-
-    def _teacher_states(self, stage: Stage, teacher: Loaded, batches: list[Batch], tick: Any) -> list[Tensor]:
-        found = self._teacher_hidden.get(stage.key)
-        if found is None:
-            found = []
-            for hidden in divergence.final_hidden(teacher.model, batches):
-                found.append(hidden)
-                tick()
-            if sum(tensor.numel() * tensor.element_size() for tensor in found) <= TEACHER_MEMORY_BYTES:
-                self._teacher_hidden = {stage.key: found}
-        return found
 
     def load(self, stage: Stage) -> Loaded:
         """The checkpoint of a stage, from disk; the BF16 model and one other stay in memory."""
@@ -341,11 +320,17 @@ class Workbench:
         found = self.store.find(stage.key)
         return stage.sections["fingerprint"] if found is None else found.digest
 
-    def _tokenizer(self, folder: Path) -> Any:
+    def tokenizer(self, folder: Path) -> Any:
         return loading.load_tokenizer(folder, trust_remote_code=self.plan.suite.model.trust_remote_code)
 
     def _read(self, folder: Path, device: torch.device) -> Loaded:
         return loading.load_model(folder, trust_remote_code=self.plan.suite.model.trust_remote_code, device=device)
+
+    def _held_out(self, stage: Stage) -> StoredSequences:
+        """What an export is compared on: the first sequences of the validation split of its data, of which there must be one."""
+        data = stage.inputs["data"]
+        n = len(StoredSequences(self.folder_of(data), "validation", None))
+        return self.sequences(data, "validation", min(max(n, 1), VALIDATION_SEQUENCES))
 
     def sequences(self, stage: Stage, split: str, count: int | None) -> StoredSequences:
         """The split of a data stage, or its first `count` sequences; DataError if it has fewer."""
@@ -358,8 +343,3 @@ class Workbench:
                 f"missing{missing}: lower samples or add data"
             )
         return found
-
-
-def _quantization(stage: Stage) -> Quantization:
-    assert stage.variant is not None and stage.variant.quantization is not None
-    return stage.variant.quantization

@@ -14,24 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.data_checks import data_mistakes, data_uses, with_stages
+from harness.data_checks import data_mistakes, data_uses, diagnostics_mistakes, with_stages
 from harness.errors import SuiteError
 from harness.mistakes import Mistakes, listed
 from harness.schema import (
     Diagnostics,
     Engine,
     File,
+    Judge,
     Model,
     Quantization,
-    Task,
     Teacher,
     Training,
     Variant,
 )
 from harness.schema_data import Data, Generated
+from harness.schema_server import CLIENT_ARGS, Endpoint, judge_mistakes, server_mistakes
+from harness.task_files import known_tasks, metadata_of
+from harness.task_settings import ResolvedTask, looks_mistyped, resolve_tasks, same_files
 from harness.training_rules import RECOMMENDED_LOSS, RECOMMENDED_LR, contradictions, objective_of
-
-TASKS_FOLDER = Path(__file__).parent / "tasks"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class ResolvedVariant:
     objective: dict[str, str | float] | None = None
     teacher: Teacher | None = None
     defaults: tuple[str, ...] = ()
+    endpoint: Endpoint | None = None
 
     @property
     def is_trained(self) -> bool:
@@ -67,8 +69,9 @@ class Suite:
     model: Model
     data: dict[str, Data]
     variants: tuple[ResolvedVariant, ...]
-    tasks: tuple[Task, ...]
+    tasks: tuple[ResolvedTask, ...]
     engine: Engine
+    judge: Judge | None
     diagnostics: Diagnostics | None
 
     def data_with_stages(self, variants: tuple[ResolvedVariant, ...]) -> list[str]:
@@ -81,18 +84,25 @@ _BOOLEAN = (lambda value: type(value) is bool, "true or false")
 _SHARE = (lambda value: type(value) is float and 0 < value <= 1, "a number above 0, at most 1, such as 0.9")
 _GIB = (lambda value: type(value) in (int, float) and value > 0, "a positive number, in GiB")
 _CACHE = (lambda value: value in ("auto", "bfloat16", "fp8"), '"auto" (what the checkpoint says), "bfloat16" or "fp8"')
+_STATE = (lambda value: value in ("float32", "float16", "bfloat16"), '"float32", "float16" or "bfloat16"')
 ENGINE_ARGS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
     "hf": {"batch_size": _POSITIVE},
     "vllm": {
         "max_model_len": _POSITIVE,
         "max_num_seqs": _POSITIVE,
+        "max_num_batched_tokens": _POSITIVE,
         "tensor_parallel_size": _POSITIVE,
+        "data_parallel_size": _POSITIVE,
         "gpu_memory_utilization": _SHARE,
         "kv_cache_memory_gib": _GIB,
         "kv_cache_dtype": _CACHE,
+        "mamba_cache_dtype": _STATE,
+        "mamba_ssm_cache_dtype": _STATE,
+        "enable_prefix_caching": _BOOLEAN,
         "enforce_eager": _BOOLEAN,
     },
 }
+ENGINE_ARGS["server"] = ENGINE_ARGS["vllm"] | CLIENT_ARGS
 """The arguments of each engine: what is allowed, as a test and in words."""
 _METHOD_ORDER = ("bf16", "checkpoint", "ptq", "qad", "qat")
 
@@ -116,11 +126,6 @@ def load_suite(path: Path) -> Suite:
     return _Validation(path, raw).suite()
 
 
-def known_tasks() -> list[str]:
-    """Names of the tasks that come with the harness."""
-    return sorted(file.stem for file in TASKS_FOLDER.glob("*.yaml"))
-
-
 class _Validation:
     """Collects every mistake of one file."""
 
@@ -135,9 +140,14 @@ class _Validation:
             self._check_names_raw()
             raise SuiteError("\n".join(self.mistakes.found))
         variants = self._variants(file)
-        self._check_tasks(file)
+        tasks = resolve_tasks(file, self.path, self.mistakes)
+        for message in same_files([variant.name for variant in variants], tasks):
+            self.mistakes.add("task", message)
         self._check_data_names(file, variants)
         self._check_engine(file, variants)
+        for key, message in diagnostics_mistakes(file):
+            self.mistakes.add(key, message)
+        self._check_judge(file)
         if self.mistakes.found:
             raise SuiteError("\n".join(self.mistakes.found))
         return Suite(
@@ -146,8 +156,9 @@ class _Validation:
             model=file.model,
             data=file.data,
             variants=tuple(sorted(variants, key=lambda v: _METHOD_ORDER.index(v.method))),
-            tasks=file.task,
+            tasks=tasks,
             engine=file.engine,
+            judge=file.judge,
             diagnostics=file.diagnostics,
         )
 
@@ -203,6 +214,7 @@ class _Validation:
                         objective,
                         variant.teacher,
                         tuple(defaults),
+                        variant.endpoint,
                     )
                 )
         for name in _repeated([variant.name for variant in resolved]):
@@ -222,7 +234,7 @@ class _Validation:
         for key, message in contradictions(variant, training, quantization):
             self.mistakes.add(f"{shared}.{key}", message)
         for task in training.select_tasks:
-            if task not in known_tasks():
+            if looks_mistyped(task):
                 self.mistakes.add(f"{shared}.select_tasks", f'unknown task "{task}"', near=(task, known_tasks()))
         kind, defaults = file.model.post_training, []
         has_default = kind in RECOMMENDED_LR and training.optimizer == "adamw" and training.train != "scales"
@@ -273,20 +285,6 @@ class _Validation:
                 merged[inner] = {**self.raw[key][inner], **override[inner]}
         return self.mistakes.parse(schema, merged, f"{where}.{key}")
 
-    def _check_tasks(self, file: File) -> None:
-        known = known_tasks()
-        for index, task in enumerate(file.task):
-            if task.name not in known:
-                self.mistakes.add(
-                    f"task[{index}].name",
-                    f'unknown task "{task.name}"; lm-eval\'s own tasks are not available in this version',
-                    near=(task.name, known),
-                )
-        for name in _repeated([task.name for task in file.task]):
-            self.mistakes.add("task", f'the name "{name}" is repeated; a task is asked once')
-        if not file.task and file.diagnostics is None:
-            self.mistakes.add("task", "neither a task nor diagnostics: there is nothing to measure; add one")
-
     def _check_data_names(self, file: File, variants: list[ResolvedVariant]) -> None:
         for key, message, near in data_mistakes(file.data, data_uses(variants, file.diagnostics)):
             self.mistakes.add(key, message, near=near)
@@ -301,18 +299,21 @@ class _Validation:
     def _check_engine(self, file: File, variants: list[ResolvedVariant]) -> None:
         engine = file.engine
         self._check_engine_args("engine.args", engine.kind, engine.args)
+        for key, message in server_mistakes(file):
+            self.mistakes.add(key, message)
         for name, section in file.data.items():
             if isinstance(section, Generated):
                 self._check_engine_args(f"data.{name}.engine_args", section.engine, section.engine_args)
         allowed = "native, w4a4_emulation, w4a16 (harness doctor says which of them this machine can run)"
         quantized = [variant for variant in variants if variant.quantization is not None]
-        if engine.kind != "vllm":
+        has_endpoints = any(variant.endpoint is not None for variant in variants)
+        if engine.kind == "hf":
             if engine.kernels is not None:
                 self.mistakes.add("engine.kernels", f'has no effect with kind = "{engine.kind}"; remove it')
             return
-        if engine.kernels is None and quantized:
+        if engine.kernels is None and quantized and not has_endpoints:
             self.mistakes.add(
-                "engine.kernels", f'missing; kind = "vllm" needs it where a variant is quantized. Allowed: {allowed}'
+                "engine.kernels", f'missing; kind = "{engine.kind}" needs it where a variant is quantized. Allowed: {allowed}'
             )
         if engine.kernels is not None and all(variant.method == "bf16" for variant in variants):
             self.mistakes.add("engine.kernels", "has no effect: no variant is quantized; remove it")
@@ -323,6 +324,19 @@ class _Validation:
                 )
         if engine.kernels == "w4a4_emulation" and engine.args.get("enforce_eager") is False:
             self.mistakes.add("engine.args.enforce_eager", "found False; the emulated kernels are not compiled; remove it")
+
+    def _check_judge(self, file: File) -> None:
+        if file.judge is None:
+            return
+        if not any(task.path is None and metadata_of(task.name).get("judge") for task in file.task):
+            judged = [name for name in known_tasks() if metadata_of(name).get("judge")]
+            self.mistakes.add("judge", f"has no effect: no task is judged; remove it, or add one of: {listed(judged)}")
+        engine = file.judge.engine
+        self._check_engine_args("judge.engine.args", engine.kind, engine.args)
+        for key, message in judge_mistakes(file.judge):
+            self.mistakes.add(f"judge.{key}", message)
+        if engine.kind == "hf" and engine.kernels is not None:
+            self.mistakes.add("judge.engine.kernels", f'has no effect with kind = "{engine.kind}"; remove it')
 
     def _check_engine_args(self, where: str, kind: str, args: dict[str, Any]) -> None:
         known = ENGINE_ARGS[kind]
@@ -341,7 +355,7 @@ class _Validation:
                 self.mistakes.add(key, f'the name "{name}" is repeated')
             if key == "task":
                 for index, task in enumerate(names):
-                    if isinstance(task, str) and task not in known_tasks():
+                    if isinstance(task, str) and looks_mistyped(task):
                         self.mistakes.add(f"task[{index}].name", f'unknown task "{task}"', near=(task, known_tasks()))
 
 

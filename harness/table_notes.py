@@ -8,6 +8,12 @@ from typing import Any
 from harness.pairs import scale_notes
 
 SMALL_MODEL_WEIGHTS = 1_000_000_000
+_FLAGS = {
+    "imported": "scored by another tool and imported; which weights and kernels answered is not proven",
+    "unverified": "from an endpoint that was given; which weights and kernels answered is not proven",
+    "kernels unverified": "which kernels the server computed with is not proven",
+    "no fingerprint": "the endpoint gives nothing to know it by; a change of its model would not be seen",
+}
 
 
 def table_notes(table: dict[str, Any], names: list[str]) -> list[str]:
@@ -21,34 +27,62 @@ def table_notes(table: dict[str, Any], names: list[str]) -> list[str]:
         )
     if table["status"] != "complete":
         notes.append(f"This run is {table['status']}: rows without figures are still to come.")
-    counts = {
-        name: {row["tasks"][name]["metrics"][row["tasks"][name]["primary"]]["n_scored"] for row in rows if name in row["tasks"]}
-        for name in names
-    }
     if names:
-        sizes = ", ".join(f"{name} {'/'.join(map(str, sorted(n)))}" for name, n in counts.items())
-        notes.append(f"Scores: percent ± standard error over questions, related ones as clusters; questions scored: {sizes}.")
+        sizes = ", ".join(f"{name} {_asked(rows, name)}" for name in names)
+        notes.append(f"Scores: percent ± standard error over questions, related ones as clusters; questions: {sizes}.")
+    plain = [f"{name} ({metric})" for name in names if (metric := _plain_metric(rows, name))]
+    if plain:
+        notes.append(f"No percent, printed as it is: {', '.join(plain)}.")
     if any(row["tasks"][name]["is_partial"] for row in rows for name in row["tasks"]):
         notes.append("* partial: the suite limits this task to its first questions.")
     measured = [row for row in rows if row["diagnostics"]]
     if measured:
-        n = measured[0]["diagnostics"]["response"]
-        notes.append(
-            f"KL(BF16 ‖ variant) and CE: nats a token over {n['n_tokens']:,} response tokens of {n['n_sequences']} held-out "
-            "sequences; error of KL over sequences. All tokens: table.json."
-        )
+        notes.append(_measured_note(measured[0]["diagnostics"]))
     for pair in table["paired_kl"]:
         in_errors = f", {abs(pair['difference']) / pair['stderr']:.1f} standard errors" if pair["stderr"] else ""
         over_seeds = pair["stderr_over_seeds"]
         in_errors += "" if over_seeds is None else f"; ± {over_seeds:.3f} over seeds"
         notes.append(
             f"KL {pair['candidate']} − {pair['baseline']}: {pair['difference']:+.3f} {_pm(pair['stderr'])}(paired over "
-            f"{pair['n_sequences']} sequences{in_errors})."
+            f"{pair['n_sequences']} {pair['unit']}{in_errors})."
         )
     notes += scale_notes(table["scale_rules"], mean_kl(table))
     notes += _seed_notes(table["seed_groups"]) + _selection_notes(rows)
-    notes += _kernel_notes(rows) + _incomplete_notes(rows) + _training_notes(rows)
+    notes += _flag_notes(rows)
+    notes += _judge_notes(rows) + _kernel_notes(rows) + _missing_notes(rows) + _incomplete_notes(rows) + _training_notes(rows)
     return notes
+
+
+def _asked(rows: list[dict[str, Any]], name: str) -> str:
+    """How many questions a task has, and how often each was asked; several where variants differ."""
+    found = []
+    for task in (row["tasks"][name] for row in rows if name in row["tasks"]):
+        n_questions, repeats = task["n_questions"], task["repeats"] or 1
+        n = task["metrics"][task["primary"]]["n_scored"] if n_questions is None else n_questions
+        found.append((n, f"{n:,} × {repeats} repeats" if repeats > 1 else f"{n:,}"))
+    return "/".join(dict.fromkeys(text for _, text in sorted(found)))
+
+
+def _plain_metric(rows: list[dict[str, Any]], name: str) -> str | None:
+    """The first figure of a task where it is no share."""
+    task = next(row["tasks"][name] for row in rows if name in row["tasks"])
+    primary = str(task["primary"])
+    return None if task["metrics"][primary]["unit"] == "share" else primary
+
+
+def _measured_note(diagnostics: dict[str, Any]) -> str:
+    """What KL and CE were measured on."""
+    n = diagnostics["response"]
+    what = f"KL(BF16 ‖ variant) and CE: nats a token over {n['n_tokens']:,} response tokens of {n['n_sequences']}"
+    tasks = diagnostics.get("tasks")
+    if tasks is None:
+        return f"{what} held-out sequences; error of KL over sequences. All tokens: table.json."
+    flags = sorted({flag for task in tasks.values() for flag in task["flags"]})
+    flagged = f" Of these answers: {', '.join(flags)}." if flags else ""
+    return (
+        f"{what} BF16 answers to {n['n_questions']} questions of {', '.join(tasks)}; error of KL over questions, related ones as "
+        f"clusters.{flagged} CE and top-1 by task and by position: table.json."
+    )
 
 
 def mean_kl(table: dict[str, Any]) -> dict[str, float]:
@@ -95,6 +129,34 @@ def _selection_notes(rows: list[dict[str, Any]]) -> list[str]:
     return notes
 
 
+def _flag_notes(rows: list[dict[str, Any]]) -> list[str]:
+    """What is behind the mark of scores that are not of this harness's own making from weights that it knows."""
+    by_flag: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        for name, task in row["tasks"].items():
+            for flag in task["flags"] or ():
+                by_flag.setdefault(flag, {}).setdefault(name, []).append(row["variant"])
+    found = [(flag, "; ".join(f"{name} of {', '.join(who)}" for name, who in tasks.items())) for flag, tasks in by_flag.items()]
+    return [f"‡ {which}: {_FLAGS.get(flag, flag)}." for flag, which in found]
+
+
+def _judge_notes(rows: list[dict[str, Any]]) -> list[str]:
+    """Who judged which task, by which prompt, and how often its verdict was none."""
+    by_judge: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for row in rows:
+        for name, task in row["tasks"].items():
+            if task.get("judge"):
+                judge = task["judge"]
+                at = f" at {judge['revision'][:12]}" if judge["revision"] else ""
+                who = f"{name}: judged by {judge['path']}{at} (weights {judge['weights'][:12]}, prompt {judge['prompt']})"
+                by_judge.setdefault(who, []).append((row["variant"], judge))
+    notes = []
+    for who, judged in by_judge.items():
+        bad = [f"{name} {j['n_unparsable']} of {j['n_asked']}" for name, j in judged if j["n_unparsable"]]
+        notes.append(f"{who}" + (f"; verdicts that are none, so not scored: {', '.join(bad)}." if bad else "."))
+    return notes
+
+
 def _kernel_notes(rows: list[dict[str, Any]]) -> list[str]:
     linear = _by_kernel(rows, "linear")
     if not linear:
@@ -129,12 +191,26 @@ def _by_kernel(rows: list[dict[str, Any]], part: str) -> str:
     return "; ".join(f"{', '.join(names)}: {kernel}" for kernel, names in by_kernel.items())
 
 
+def _missing_notes(rows: list[dict[str, Any]]) -> list[str]:
+    """Answers that never came; one note for those that the harness can ask for, one for those of another tool."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for name, task in row["tasks"].items():
+            if task["n_missing"]:
+                end = "" if "imported" in (task["flags"] or ()) else ": the same command asks for them again"
+                n_total = task["metrics"][task["primary"]]["n_total"]
+                found.setdefault(end, []).append(f"{row['variant']} {name} {task['n_missing']:,} of {n_total:,}")
+    return [f"Answers that are missing, which is no 0: {', '.join(which)}{end}." for end, which in found.items()]
+
+
 def _incomplete_notes(rows: list[dict[str, Any]]) -> list[str]:
     found = []
     for row in rows:
         for name, task in row["tasks"].items():
-            if task["incomplete_rate"]:
-                found.append(f"{row['variant']} {name} {100 * task['incomplete_rate']:.1f} %")
+            incomplete, cut = task["incomplete_rate"], task["truncated_rate"]
+            if incomplete or cut:
+                in_all = f" (cut by length, complete or not: {100 * cut:.1f} %)" if cut else ""
+                found.append(f"{row['variant']} {name} {100 * (incomplete or 0):.1f} %{in_all}")
         diagnostics = row["diagnostics"] or {}
         if diagnostics.get("saturated_share"):
             overshoot = diagnostics.get("overshoot")  # runs from before it was counted have none

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,33 @@ from harness.seeds import merge_seeds, seed_groups
 from harness.table_notes import mean_kl, native_fp4, table_notes
 
 MISSING = "–"
+_OF_A_TASK = (
+    "primary",
+    "kernels",
+    "judge",
+    "is_partial",
+    "version",
+    "flags",
+    "repeats",
+    "n_questions",
+    "n_missing",
+    "incomplete_rate",
+    "truncated_rate",
+    "mean_tokens",
+    "p95_tokens",
+)
+"""What a table keeps of a task beside its figures."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells as text; `notes` stand below."""
+    """Cells as text; a smaller table and `notes` stand below."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
+    below: Grid | None = None
 
 
 def build_table(run: Path) -> dict[str, Any]:
@@ -83,11 +101,11 @@ def _build_table(run: Path) -> dict[str, Any]:
 
 
 def build_grid(table: dict[str, Any]) -> Grid:
-    """The table as text cells: scores in percent with their standard errors, KL and CE in nats a token."""
+    """The table as text cells: scores in percent, or plain where they are no shares, with standard errors; KL and CE in nats a token."""
     names = list(dict.fromkeys(name for row in table["rows"] for name in row["tasks"]))
     columns = ("variant", *names, "KL", "CE", "ppl", "top-1", "MB", "bits/w", "trained")
     rows = tuple(_group_cells(row, names) if is_group else _cells(row, names) for row, is_group in _in_order(table))
-    return Grid(f"{table['suite']} {table['run']}", columns, rows, tuple(table_notes(table, names)))
+    return Grid(f"{table['suite']} {table['run']}", columns, rows, tuple(table_notes(table, names)), _by_position(table))
 
 
 def render(table: dict[str, Any], style: str) -> str:
@@ -95,9 +113,13 @@ def render(table: dict[str, Any], style: str) -> str:
     grid = build_grid(table)
     if style == "csv":
         return _csv(table)
-    lines = [f"**{grid.title}**", "", "| " + " | ".join(grid.columns) + " |", "|" + " --- |" * len(grid.columns)]
-    lines += ["| " + " | ".join(row) + " |" for row in grid.rows]
+    lines = _markdown(grid) if grid.below is None else [*_markdown(grid), "", *_markdown(grid.below)]
     return "\n".join([*lines, "", *(f"- {note}" for note in grid.notes), ""])
+
+
+def _markdown(grid: Grid) -> list[str]:
+    head = [f"**{grid.title}**", "", "| " + " | ".join(grid.columns) + " |", "|" + " --- |" * len(grid.columns)]
+    return head + ["| " + " | ".join(row) + " |" for row in grid.rows]
 
 
 def print_grid(grid: Grid, console: Console) -> None:
@@ -110,6 +132,8 @@ def print_grid(grid: Grid, console: Console) -> None:
             end -= 1
         console.print(_part(grid, start, end))
         start = end
+    if grid.below is not None:
+        print_grid(grid.below, console)
     for note in grid.notes:
         console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)
 
@@ -141,9 +165,10 @@ def _tasks_of(variant: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, 
     for row in rows:
         if row["variant"] != variant["name"]:
             continue
-        shared = {key: row[key] for key in ("primary", "incomplete_rate", "kernels", "is_partial", "version")}
+        shared = {key: row.get(key) for key in _OF_A_TASK}
         task = found.setdefault(row["task"], {**shared, "chose_checkpoint": row["task"] in judges, "metrics": {}})
-        task["metrics"][row["metric"]] = {key: row[key] for key in ("value", "stderr", "n_scored", "n_total")}
+        figures = {key: row[key] for key in ("value", "stderr", "n_scored", "n_total")}
+        task["metrics"][row["metric"]] = figures | {"unit": row.get("unit", "share")}
     return found
 
 
@@ -167,12 +192,39 @@ def _group_cells(group: dict[str, Any], names: list[str]) -> tuple[str, ...]:
     scores = []
     for name in names:
         task = group["tasks"].get(name)
-        cell = _over_seeds(task["metrics"][task["primary"]], n, 1, scale=100) if task else MISSING
+        cell = _over_seeds(task["metrics"][task["primary"]], n, in_unit) if task else MISSING
         scores.append(cell + (_marks(task) if task else ""))
     figures = [
-        _over_seeds(diagnostics.get(figure), n, digits) for figure, digits in (("kl", 3), ("ce", 3), ("ppl", 2), ("top1", 3))
+        _over_seeds(diagnostics.get(figure), n, _fixed(digits))
+        for figure, digits in (("kl", 3), ("ce", 3), ("ppl", 2), ("top1", 3))
     ]
     return (group["label"], *scores, *figures, *_sizes(group, group["tokens_trained"]))
+
+
+def _by_position(table: dict[str, Any]) -> Grid | None:
+    """KL on answers by task and by position in the answer; None where it was measured on text. The last row counts tokens."""
+    measured = {row["variant"]: row["diagnostics"] for row in table["rows"] if (row["diagnostics"] or {}).get("tasks")}
+    if not measured:
+        return None
+    first = next(iter(measured.values()))
+    bounds = [(part["from"], part["to"]) for part in first["positions"]]
+    columns = ("variant", *first["tasks"], *(f"{start}+" if end is None else f"{start}–{end - 1}" for start, end in bounds))
+
+    def cells(name: str, found: dict[str, Any], cell: Callable[[dict[str, Any] | None], str]) -> tuple[str, ...]:
+        parts = {(part["from"], part["to"]): part for part in found["positions"]}
+        return (
+            name,
+            *(cell(found["tasks"].get(task)) for task in first["tasks"]),
+            *(cell(parts.get(bound)) for bound in bounds),
+        )
+
+    rows = [cells(name, found, _kl_cell) for name, found in measured.items()]
+    tokens = cells("tokens", first, lambda part: MISSING if part is None else f"{part['n_tokens']:,}")
+    return Grid("KL on BF16 answers, by task and by token of the answer", columns, (*rows, tokens), ())
+
+
+def _kl_cell(part: dict[str, Any] | None) -> str:
+    return MISSING if part is None else _with_error(part["kl"], part["kl_stderr"], 3)
 
 
 def _sizes(row: dict[str, Any], tokens: int | None) -> tuple[str, str, str]:
@@ -183,23 +235,37 @@ def _sizes(row: dict[str, Any], tokens: int | None) -> tuple[str, str, str]:
 def _score(task: dict[str, Any] | None) -> str:
     if task is None:
         return MISSING
-    metric = task["metrics"][task["primary"]]
-    value, stderr = (None if metric[part] is None else 100 * metric[part] for part in ("value", "stderr"))
-    return _with_error(value, stderr, 1) + _marks(task)
+    return score_text(task["metrics"][task["primary"]]) + _marks(task)
+
+
+def score_text(figure: dict[str, Any]) -> str:
+    """A figure with `value`, `stderr` and `unit` as "34.5 ±1.2": a "share" (the unit of rows without one) in percent, else as it is."""
+    value, stderr = (in_unit(figure, figure[part]) for part in ("value", "stderr"))
+    return MISSING if figure["value"] is None else value + ("" if figure["stderr"] is None else f" ±{stderr}")
+
+
+def in_unit(figure: dict[str, Any], value: float | None) -> str:
+    """A value or an error of a task: a share in percent with one decimal, other figures with three significant digits."""
+    if value is None:
+        return MISSING
+    return f"{100 * value:.1f}" if figure.get("unit", "share") == "share" else f"{value:.3g}"
+
+
+def _fixed(digits: int) -> Callable[[dict[str, Any], float | None], str]:
+    return lambda figure, value: _number(value, digits)
 
 
 def _marks(task: dict[str, Any]) -> str:
-    return ("*" if task["is_partial"] else "") + ("†" if task["chose_checkpoint"] else "")
+    return ("*" if task["is_partial"] else "") + ("†" if task["chose_checkpoint"] else "") + ("‡" if task["flags"] else "")
 
 
-def _over_seeds(figure: dict[str, Any] | None, n: int, digits: int, *, scale: int = 1) -> str:
+def _over_seeds(figure: dict[str, Any] | None, n: int, written: Callable[[dict[str, Any], float | None], str]) -> str:
     if figure is None or figure["mean"] is None:
         return MISSING
     error = next(value for key, value in figure.items() if key.startswith("stderr_over_"))
-    stderr = None if error is None else scale * error
-    spread = None if figure["sd_over_seeds"] is None else scale * figure["sd_over_seeds"]
     seeds = "seeds" if figure["n"] == n else f"{figure['n']} of {n} seeds"
-    return f"{_with_error(scale * figure['mean'], stderr, digits)} ({seeds} {_number(spread, digits)})"
+    stderr = "" if error is None else f" ±{written(figure, error)}"
+    return f"{written(figure, figure['mean'])}{stderr} ({seeds} {written(figure, figure['sd_over_seeds'])})"
 
 
 def _with_error(value: float | None, stderr: float | None, digits: int) -> str:

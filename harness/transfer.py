@@ -31,7 +31,7 @@ from harness.store import (
     write_json,
 )
 
-SCORES = ("evaluate", "diagnostics")
+SCORES = ("evaluate", "judge", "score", "diagnostics")
 """Kinds of stage that are not asked for by name: scores are made where they are read."""
 _NEEDED = (
     "kind",

@@ -52,7 +52,7 @@ def test_the_core_needs_torch_transformers_and_safetensors_alone():
 @pytest.mark.parametrize(
     ("package", "where"),
     [
-        ("lm_eval", {"harness/evaluate.py"}),
+        ("lm_eval", {"harness/evaluate.py", "harness/prompts.py"}),
         ("tomllib", {"harness/suite.py"}),
         ("matplotlib", {"harness/plots.py"}),
         ("vllm", {"qad/_vllm.py", "harness/engines/vllm_worker.py"}),

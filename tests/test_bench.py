@@ -116,3 +116,55 @@ def test_the_floor_of_a_step_is_the_step_with_nothing_quantized(tiny_model):
 def test_training_that_is_killed_at_two_random_moments_ends_with_identical_weights(tmp_path, capsys):
     assert load("kill_campaign").campaign(tmp_path, kills=2, seed=1) == 2
     assert capsys.readouterr().out.count("identical weights") == 2
+
+
+def test_oracles_of_a_benchmark_score_what_they_should(tmp_path, monkeypatch):
+    monkeypatch.setenv("HARNESS_MIRROR", "")  # set for good by the script, and taken back here
+    rows = list(load("oracle").campaign(tmp_path, ("gpqa_diamond",)))
+    scores = {label: (scored, score, incomplete) for _, label, scored, score, incomplete, _ in rows}
+    assert scores == {
+        "oracle": ("198/198", "100.00%", "0.00%"),
+        "oracle that thinks": ("198/198", "100.00%", "0.00%"),
+        "wrong": ("198/198", "0.00%", "0.00%"),
+        "never ends its thought": ("198/198", "0.00%", "100.00%"),
+    }
+
+
+def test_the_driver_is_timed_beside_bare_lm_eval_on_equal_scores(tmp_path, capsys, monkeypatch):
+    module = load("driver_overhead")
+    module.measure(tmp_path, 20, 3)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["lm-eval", "ours", "more"]
+    monkeypatch.setattr(module, "bare", lambda tasks, engine: 0.5)
+    with pytest.raises(SystemExit, match="the scores differ: .*; nothing is worth timing"):
+        module.measure(tmp_path / "other", 20, 3)
+
+
+@pytest.fixture
+def engines_agree(monkeypatch):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("engines_agree", BENCH / "engines_agree.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "engines_agree", module)  # its dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_engines_agree_as_often_as_the_yardstick_within_three_paired_errors(engines_agree, capsys):
+    def answers(different):
+        extracted = {str(i): "x" if i in different else str(i) for i in range(100)}
+        return engines_agree.Answers(extracted, correct=0.1, truncated=0.0, mean_tokens=20.0)
+
+    alike = {"hf 16": answers({1, 2, 3}), "hf 10": answers(set()), "vllm": answers({3, 4, 5, 6})}
+    assert engines_agree.report(alike)
+    agreement = engines_agree.compare(alike, ("hf 16", "vllm"), ("hf 16", "hf 10"))
+    # on question 3 the pair agrees and the yardstick does not; on 4, 5 and 6 it is the other way round
+    variance = (4 - 100 * 0.02**2) / 99
+    assert agreement.share == 0.95 and agreement.difference == pytest.approx(-0.02)
+    assert agreement.stderr == pytest.approx((variance / 100) ** 0.5)
+    assert "hf 16 and vllm    agree on 0.950, -0.020 ± 0.020 against hf 16 and hf 10\n" in capsys.readouterr().out
+    assert not engines_agree.report(alike | {"server": answers(range(30))})
+    assert "hf 16 and server  agree on 0.730, -0.240 ± 0.049 against hf 16 and hf 10: MORE" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="different questions"):
+        engines_agree.report(alike | {"server": engines_agree.Answers({"7": "7"}, 0, 0, 0)})

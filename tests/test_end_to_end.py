@@ -66,7 +66,7 @@ def test_a_run_writes_everything_that_is_promised(finished):
         for name, primary in (("mini_math", "exact_match"), ("mini_choice", "acc")):
             task = row["tasks"][name]
             assert task["primary"] == primary
-            assert set(task["metrics"][primary]) == {"value", "stderr", "n_scored", "n_total"}
+            assert set(task["metrics"][primary]) == {"value", "stderr", "n_scored", "n_total", "unit"}
             assert task["metrics"][primary]["n_scored"] == 8
         for part in ("response", "all"):
             assert set(row["diagnostics"][part]) == {
@@ -132,6 +132,112 @@ def test_the_table_is_printed_again_without_the_cache(finished, monkeypatch, cap
     printed = capsys.readouterr().out
     assert "qad" in printed
     assert "Native FP4: not measured" in printed
+
+
+def test_questions_are_inspected_without_the_cache(finished, monkeypatch, capsys, tmp_path):
+    run = finished[2]
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "nothing here"))
+    assert harness(monkeypatch, "inspect", run) == 0
+    assert "compared with bf16" in capsys.readouterr().out
+    assert harness(monkeypatch, "inspect", run, "--task", "mini_choice", "--question", "0") == 0
+    printed = capsys.readouterr().out
+    assert "is the capital of" in printed and "choice 0: log-likelihood" in printed and "qad" in printed
+    assert harness(monkeypatch, "inspect", run, "--html", tmp_path / "page.html") == 0
+    assert "mini_math, question 0" in (tmp_path / "page.html").read_text()
+
+
+def test_no_file_of_a_run_but_what_was_asked_and_answered_holds_text_of_questions(finished):
+    files = [path for path in finished[2].rglob("*") if path.is_file()]
+    text = b"is the capital of"
+    assert any(text in zstandard.decompress(path.read_bytes()) for path in files if path.suffix == ".zst")
+    assert not [path for path in files if path.suffix != ".zst" and text in path.read_bytes()]
+    assert {path.relative_to(finished[2]).parts[0] for path in files if path.suffix == ".zst"} == {"samples", "tasks"}
+
+
+def test_results_that_were_scored_elsewhere_join_the_next_run_with_a_mark(same_cache, monkeypatch, capsys, tmp_path):
+    suite, results = same_cache[0], tmp_path / "results"
+    assert harness(monkeypatch, "run", suite, "--results", results) == 0
+    (first,) = (results / "tiny").iterdir()
+    before = {path: path.read_bytes() for path in first.rglob("*.json*")}
+    rows = [{"problem": f"Secret {i}", "generation": "x", "graded_list": [i < 3]} for i in range(4)]
+    (tmp_path / "output-rs0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    importing = ["import", suite, "--variant", "ptq", "--task", "lcb", "--from", tmp_path / "output-rs0.jsonl"]
+    assert harness(monkeypatch, *importing, "--results", results) == 0
+    assert harness(monkeypatch, "run", suite, "--results", results) == 0
+    assert harness(monkeypatch, "run", suite, "--results", results) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in first.rglob("*.json*")} == before  # a complete run stays as it was
+    (second,) = set((results / "tiny").iterdir()) - {first}
+    table = json.loads((second / "table.json").read_text())
+    by_name = {row["variant"]: row["tasks"] for row in table["rows"]}
+    assert by_name["ptq"]["lcb"]["metrics"]["accuracy"]["value"] == 0.75 and "lcb" not in by_name["qad"]
+    assert by_name["ptq"]["lcb"]["flags"] == ["imported"]
+    shown = (second / "table.md").read_text()
+    assert "‡" in shown and "lcb of ptq: scored by another tool and imported" in shown
+    assert json.loads((second / "run.json").read_text())["imported"][0]["tool"] == "nemo-skills"
+    assert all("Secret" not in path.read_text() for path in second.iterdir() if path.is_file())
+
+
+@pytest.fixture
+def copied_run(finished, monkeypatch, tmp_path) -> Path:
+    """A copy of the finished run, and no cache."""
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "no cache"))
+    return Path(shutil.copytree(finished[2], tmp_path / "run"))
+
+
+def test_scoring_again_gives_the_same_figures_without_cache_or_model(copied_run, monkeypatch, capsys):
+    names = ("tasks.jsonl", "table.csv")
+    before = {name: (copied_run / name).read_text() for name in names}
+    assert harness(monkeypatch, "score", copied_run) == 0
+    assert "bf16 mini_math:" in capsys.readouterr().out
+    assert {name: (copied_run / name).read_text() for name in names} == before
+    assert len(json.loads((copied_run / "run.json").read_text())["rescored"]) == 1
+
+
+def test_a_changed_scorer_scores_the_recorded_answers_anew(copied_run, monkeypatch, capsys):
+    path = copied_run / "samples" / "bf16.mini_math.jsonl.zst"
+    rows = [json.loads(line) for line in zstandard.decompress(path.read_bytes()).decode().splitlines()]
+    for row in rows:  # what another scorer would have said
+        row |= {"metrics": {"exact_match": 1.0, "unparsed": 0.0}, "scorer": "another scorer"}
+    path.write_bytes(zstandard.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    assert harness(monkeypatch, "score", copied_run) == 0
+    assert re.search(r"bf16 mini_math: .* \(scorer another scorer -> mini_math@1:\w+\)", capsys.readouterr().out)
+    rows = [json.loads(line) for line in zstandard.decompress(path.read_bytes()).decode().splitlines()]
+    assert {row["scorer"].partition(":")[0] for row in rows} == {"mini_math@1"}
+    assert any(row["metrics"]["exact_match"] == 0.0 for row in rows)
+
+
+def test_a_run_without_its_samples_cannot_be_scored_again(copied_run, monkeypatch, capsys):
+    shutil.rmtree(copied_run / "samples")
+    assert harness(monkeypatch, "score", copied_run) == 2
+    assert "what was asked and answered is not kept; run the suite again" in capsys.readouterr().err
+
+
+def test_missing_responses_end_with_status_4_and_the_same_command_fills_them(
+    tiny_suite, text_at_hand, monkeypatch, capsys, tmp_path
+):
+    from harness.engines import Failure
+    from harness.engines.hf import HfEngine
+
+    answer = HfEngine.answer
+
+    def sulking(self, batch):
+        for place, outcome in answer(self, batch):
+            yield place, Failure("it sulked") if place == 0 else outcome
+
+    monkeypatch.setattr(HfEngine, "answer", sulking)
+    results = tmp_path / "results"
+    assert harness(monkeypatch, "run", tiny_suite, "--only", "bf16", "--results", results) == 4
+    printed = capsys.readouterr().out
+    assert re.search(r"bf16 mini_math: \d+ responses are missing; the same command asks for them", printed)
+    (run,) = (results / "tiny").iterdir()
+    rows = [json.loads(line) for line in (run / "tasks.jsonl").read_text().splitlines()]
+    assert all(row["n_scored"] < row["n_total"] and row["n_missing"] for row in rows)
+    monkeypatch.setattr(HfEngine, "answer", answer)
+    assert harness(monkeypatch, "run", tiny_suite, "--only", "bf16", "--results", results) == 0
+    assert [path.name for path in (results / "tiny").iterdir()] == [run.name]
+    rows = [json.loads(line) for line in (run / "tasks.jsonl").read_text().splitlines()]
+    assert all(row["n_scored"] == row["n_total"] and not row["n_missing"] for row in rows)
 
 
 def test_every_part_of_the_surroundings_is_named_by_doctor(monkeypatch, capsys):
@@ -208,9 +314,9 @@ print(sorted({"torch", "lm_eval", "transformers", "numba", "vllm", "datasets", "
 """
 
 
-@pytest.mark.parametrize("verb", ["--help", "plan", "table"])
-def test_help_plan_and_table_import_neither_torch_nor_lm_eval(verb, same_cache):
-    arguments = {"--help": [], "plan": [same_cache[0]], "table": [same_cache[2]]}[verb]
+@pytest.mark.parametrize("verb", ["--help", "plan", "table", "inspect"])
+def test_help_plan_table_and_inspect_import_neither_torch_nor_lm_eval(verb, same_cache):
+    arguments = {"--help": [], "plan": [same_cache[0]], "table": [same_cache[2]], "inspect": [same_cache[2]]}[verb]
     done = subprocess.run([sys.executable, "-c", TORCH_FREE, verb, *map(str, arguments)], capture_output=True, text=True)
     assert done.stdout.strip().endswith("[]"), done.stdout + done.stderr
 
@@ -241,8 +347,9 @@ def edited(suite: Path, old: str, new: str) -> Path:
     ],
 )
 def test_mistakes_that_only_the_model_can_show_are_one_message_and_status_2(
-    tiny_suite, tmp_path, monkeypatch, capsys, old, new, message
+    tiny_suite, text_at_hand, tmp_path, monkeypatch, capsys, old, new, message
 ):
+    text_at_hand()
     if old.startswith("[model]"):
         text = re.sub(r'\[model\]\npath = ".*"', '[model]\npath = "/no/such/model"', tiny_suite.read_text())
         tiny_suite.write_text(text)
@@ -297,7 +404,7 @@ def test_a_foreign_checkpoint_that_cannot_be_compared_is_refused_before_the_firs
     assert harness(monkeypatch, "run", tiny_suite, "--results", tmp_path / "results") == 2
     printed = capsys.readouterr()
     assert message in printed.err
-    assert "mini_math" not in printed.out
+    assert "bf16: mini_math" not in printed.out
 
 
 def test_a_results_folder_that_is_not_ours_is_refused_and_left_alone(tmp_path, tiny_suite, monkeypatch, capsys):
@@ -342,7 +449,12 @@ PHASES = {
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_ctrl_c_in_each_phase_is_status_130_and_keeps_what_was_finished(phase, tiny_suite, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_in_each_phase_is_status_130_and_keeps_what_was_finished(
+    phase, tiny_suite, text_at_hand, tmp_path, monkeypatch, capsys
+):
+    if phase not in ("plan", "data"):
+        text_at_hand()
+
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
@@ -359,7 +471,12 @@ def test_ctrl_c_in_each_phase_is_status_130_and_keeps_what_was_finished(phase, t
         assert len(kept) >= 8
 
 
-def test_a_real_sigint_ends_the_process_with_130_and_the_next_run_finishes(tiny_suite, tmp_path):
+def test_a_real_sigint_ends_the_process_with_130_and_the_next_run_finishes(tiny_suite, text_at_hand, tmp_path):
+    text_at_hand()
+    text = tiny_suite.read_text()
+    for name in ("qat", "qad"):
+        text = text.replace(f'[[variant]]\nname = "{name}"\nmethod = "{name}"\n', "")
+    tiny_suite.write_text(text[: text.index("[training]")] + text[text.index("[[variant]]") :])
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "harness.cli", "run", str(tiny_suite), "--results", str(tmp_path / "results")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
@@ -384,10 +501,12 @@ def trained_stage(cache: Path) -> Path:
 
 
 def test_sigterm_in_training_leaves_a_checkpoint_and_status_130_and_the_next_run_ends_with_the_same_weights(
-    tiny_suite, tmp_path, monkeypatch
+    tiny_suite, text_at_hand, tmp_path, monkeypatch
 ):
     import torch
     from safetensors.torch import load_file
+
+    text_at_hand()
 
     text = tiny_suite.read_text().replace(
         "tokens = 6000\nbatch_size = 4", "tokens = 24_000\nbatch_size = 1\ncheckpoint_every = 4"
@@ -434,7 +553,7 @@ def test_a_bug_keeps_its_traceback(tiny_suite, monkeypatch):
         cli.main()
 
 
-def test_a_checkpoint_that_does_not_load_back_to_the_same_logits_is_an_error(tiny_suite, tmp_path, monkeypatch):
+def test_a_checkpoint_that_does_not_load_back_to_the_same_logits_is_an_error(tiny_suite, text_at_hand, tmp_path, monkeypatch):
     import torch
 
     from harness import loading
@@ -454,6 +573,7 @@ def test_a_checkpoint_that_does_not_load_back_to_the_same_logits_is_an_error(tin
     from harness.progress import Reporter
     from harness.run import run_suite
 
+    text_at_hand()
     with pytest.raises(HarnessError, match="does not reproduce the model in memory"):
         run_suite(tiny_suite, tmp_path / "results", ("ptq",), Reporter(Console()))
 

@@ -172,7 +172,7 @@ def test_the_verdict_follows_from_modules_difference_and_width(holds, found, exp
 
 
 def rows(values):
-    return [SequenceDivergence((kl,) * n, 0.0, 0.0) for kl, n in values]
+    return [SequenceDivergence(torch.full((n,), kl), torch.zeros(n), torch.zeros(n)) for kl, n in values]
 
 
 def test_the_difference_is_paired_over_sequences():
@@ -180,7 +180,7 @@ def test_the_difference_is_paired_over_sequences():
     shifted = rows([(0.6, 10), (1.6, 10), (1.1, 10), (1.1, 10)])
     found = summarize({"ours": ours, "vllm": shifted, "between": ours, "floor": ours})
     assert found["difference"] == pytest.approx(0.1)
-    assert found["stderr"] == pytest.approx(0, abs=1e-12)  # although KL itself varies by a factor of three
+    assert found["stderr"] == pytest.approx(0, abs=1e-7)  # although KL itself varies by a factor of three
     assert not found["is_within"]
     assert found["is_narrow"]
     noisy = rows([(0.3, 10), (1.9, 10), (0.8, 10), (1.2, 10)])

@@ -11,6 +11,7 @@ from harness.plan import make_plan
 from harness.schema import Model
 from harness.store import Store
 from harness.suite import load_suite
+from harness.tasks import needs
 
 HEX = "0" * 39 + "1"
 
@@ -31,7 +32,11 @@ def changed(tiny_suite, tmp_path, old: str, new: str) -> set[str]:
 
 
 def rows_of(variant: str) -> set[str]:
-    return {f"{variant}: mini_math", f"{variant}: mini_choice", f"{variant}: diagnostics"}
+    return scores_of(variant) | {f"{variant}: diagnostics"}
+
+
+def scores_of(*variants: str) -> set[str]:
+    return {f"{v}: {t}{s}" for v in variants for t in ("mini_math", "mini_choice") for s in ("", ": score")}
 
 
 TRAINED = {"qat: train", "qad: train"} | rows_of("qat") | rows_of("qad")
@@ -43,11 +48,7 @@ TRAINED = {"qat: train", "qad: train"} | rows_of("qat") | rows_of("qad")
         ('name = "tiny"', 'name = "other"', set()),
         ("lr = 1e-3", "lr = 2e-3", TRAINED),
         ("batch_size = 4", "batch_size = 2", TRAINED),
-        (
-            "batch_size = 8 }",
-            "batch_size = 4 }",
-            {f"{v}: {t}" for v in ("bf16", "ptq", "qat", "qad") for t in ("mini_math", "mini_choice")},
-        ),
+        ("batch_size = 8 }", "batch_size = 4 }", scores_of("bf16", "ptq", "qat", "qad")),
         ("samples = 12", "samples = 13", {f"{v}: diagnostics" for v in ("bf16", "ptq", "qat", "qad")}),
         ("samples = 8 }", "samples = 9 }", {"calibrate", "quantize"} | TRAINED | rows_of("ptq")),
         ("samples = 8 }", "samples = 8, headroom = 8.0 }", {"quantize"} | TRAINED | rows_of("ptq")),
@@ -103,7 +104,7 @@ def test_versions_and_device_are_part_of_a_key(tiny_suite, tmp_path, monkeypatch
             "package_versions",
             lambda names: dict.fromkeys(names, "0.0") if "lm-eval" in names else provenance.package_versions(names),
         )
-        expected = {label for label in before if ": mini_" in label}
+        expected = {label for label in before if "mini_" in label}  # the prepared tasks too, and all that is asked of them
     elif what == "numerics":
         monkeypatch.setattr(plan, "versions", lambda: numerics.versions() | {"diagnostics": 99})
         expected = {label for label in before if label.endswith("diagnostics")}
@@ -112,6 +113,17 @@ def test_versions_and_device_are_part_of_a_key(tiny_suite, tmp_path, monkeypatch
         expected = set(before)
     after = keys(tiny_suite, tmp_path)
     assert {label for label in before if before[label] != after[label]} == expected
+
+
+def test_what_compares_answers_is_part_of_the_keys_of_scores():
+    named = [name.replace("-", "_") for name in provenance.PACKAGES["score"]]
+    deciding = {module for modules in needs.PACKAGES.values() for module in modules} - {
+        "immutabledict"
+    }  # holds, decides nothing
+    assert {module for module in deciding if not any(name.startswith(module) for name in named)} == set()
+    assert set(provenance.PACKAGES["score"]) <= set(provenance.RECORDED)
+    installed = provenance.package_versions(provenance.PACKAGES["score"])
+    assert all(installed.values()), installed
 
 
 def test_qat_and_qad_share_calibration_quantization_and_data(tiny_suite, tmp_path):

@@ -106,6 +106,34 @@ def test_a_disk_that_fills_is_one_message_and_leaves_nothing_half_written(tmp_pa
     assert state == "None []"
 
 
+FULL_JOURNAL = """
+import resource, sys
+from pathlib import Path
+from harness.engines import Answer, Request, Sampling
+from harness.errors import StoreError
+from harness.journal import Journal
+resource.setrlimit(resource.RLIMIT_FSIZE, (4_500, 4_500))
+asked = [Request(token_ids=(n,), sampling=Sampling(max_tokens=1, until=())) for n in range(9)]
+try:
+    with Journal(Path(sys.argv[1]), {"weights": "w", "task": "t"}) as journal:
+        for request in asked:
+            journal.append(request, Answer("x" * 1_000, (1,), "stop", 0.1))
+except StoreError as error:
+    print(error)
+print(sum(line.endswith(b"\\n") for line in next(Path(sys.argv[1]).rglob("*.jsonl")).open("rb")))
+with Journal(Path(sys.argv[1]), {"weights": "w", "task": "t"}) as journal:
+    print(sum(journal.find(request) is not None for request in asked))
+"""
+
+
+def test_a_disk_that_fills_under_a_journal_is_one_message_and_keeps_what_was_written(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL_JOURNAL, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    message, n_lines, n_found = done.stdout.strip().splitlines()
+    assert message.startswith(f"the journal {tmp_path}") and "the disk is full or a quota is reached" in message
+    assert int(n_found) == int(n_lines) - 1 > 0  # the header, and the answers that went in whole
+
+
 def test_folders_that_cannot_be_made_are_named(tmp_path):
     from harness.journal import Journal
     from harness.records import open_results

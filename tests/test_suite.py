@@ -44,7 +44,7 @@ def test_five_mistakes_are_five_lines_with_key_found_allowed_and_nearest(tiny_su
     assert lines == sorted(
         [
             "quantization.calibration.smaples: unknown key; did you mean samples? Known: data, headroom, max_overshoot, max_saturated, samples, skip_first_token",
-            "engine.kind: found 'hff'; did you mean hf? Allowed: hf, vllm",
+            "engine.kind: found 'hff'; did you mean hf? Allowed: hf, server, vllm",
             "training.tokens: found 'many'; input should be a valid integer",
             "training.loss_on: found 'assistent'; did you mean assistant? Allowed: all, assistant",
             "variant[2].method: found 'qta'; did you mean qat? Allowed: bf16, checkpoint, ptq, qad, qat",
@@ -58,6 +58,33 @@ def test_five_mistakes_are_five_lines_with_key_found_allowed_and_nearest(tiny_su
         ('name = "mini_math"', 'name = "mini_mat"', r'task\[0\]\.name: unknown task "mini_mat".*did you mean mini_math\?'),
         ('name = "mini_math"', 'name = "mini_choice"', r'task: the name "mini_choice" is repeated'),
         ('name = "ptq"', 'name = "bf16"', r'variant: the name "bf16" is repeated'),
+        (
+            "[quantization]",
+            "thinking = { template_args = { tokenize = true, enable_thinking = true } }\n[quantization]",
+            r"model\.thinking\.template_args: .* tokenize: set by the harness when it renders a prompt.*; remove it",
+        ),
+        (
+            "[quantization]",
+            'thinking = { open = "<t>", close = "<t>" }\n[quantization]',
+            r"model\.thinking: .*open = '<t>' and close = '<t>' hold one another; give markers that differ",
+        ),
+        (
+            "[quantization]",
+            'thinking = { open = "</think>\\n", close = "</think>" }\n[quantization]',
+            r"model\.thinking: .*hold one another",
+        ),
+        ('name = "mini_math"', 'name = "../../evil"', r"task\[0\]\.name: found '\.\./\.\./evil'; string should match pattern"),
+        ('name = "mini_math"', 'name = ".hidden"', r"task\[0\]\.name: found '\.hidden'; string should match pattern"),
+        (
+            'name = "mini_math"',
+            'name = "mini_math"\nrepeats = 2',
+            r"task\[0\]\.repeats: has no effect on mini_math, whose file is greedy .* set a temperature in \[sampling\]",
+        ),
+        (
+            'name = "mini_choice"',
+            'name = "mini_choice"\nrepeats = 2\nsampling = { temperature = 0.6 }',
+            r"task\[1\]\.repeats: has no effect on mini_choice, which compares likelihoods",
+        ),
         (
             'calibration = { data = "text"',
             'calibration = { data = "txt"',
@@ -206,6 +233,23 @@ def test_each_mistake_says_where_what_and_what_to_do(tiny_suite, old, new, messa
     assert old in text
     lines = mistakes_of(tiny_suite, text.replace(old, new, 1))
     assert any(re.match(message, line) for line in lines), lines
+
+
+def test_two_samples_files_of_one_name_are_refused(tiny_suite):
+    text = tiny_suite.read_text().replace('name = "ptq"', 'name = "bf16.a"')
+    lines = mistakes_of(
+        tiny_suite, text.replace('name = "mini_math"', 'name = "a.b"').replace('name = "mini_choice"', 'name = "b"')
+    )
+    assert lines == [
+        "task: task a.b of bf16 and task b of bf16.a would both write samples/bf16.a.b.jsonl.zst; give a variant another name"
+    ]
+
+
+def test_repeats_of_a_greedy_task_are_accepted_with_a_temperature(tiny_suite):
+    tiny_suite.write_text(
+        tiny_suite.read_text().replace("limit = 8", "limit = 8\nrepeats = 2\nsampling = { temperature = 0.6 }", 1)
+    )
+    assert load_suite(tiny_suite).tasks[0].repeats == 2
 
 
 def test_a_wrong_data_set_is_named_although_a_later_variant_names_another(tiny_suite):

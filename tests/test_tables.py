@@ -5,6 +5,7 @@ import io
 import json
 
 import pytest
+from sample_runs import sample, write_run
 
 from harness.errors import StoreError
 from harness.pairs import paired_kl, scale_notes, scale_rules
@@ -132,3 +133,42 @@ def test_a_trained_variant_is_paired_with_the_ptq_it_starts_from_and_not_with_ot
     }
     compared = {(p["candidate"], p["baseline"]) for p in scale_rules(rows, variants, kl)["comparisons"]}
     assert compared == {("qad-frozen", "qad"), ("qad-mse", "qad")}
+
+
+def hand_run(folder, rows: dict[str, dict]):
+    """A run of bf16 whose row of each metric is changed in the given way, by task."""
+    run = write_run(folder, {("bf16", task): [sample(0, task=task), sample(1, task=task)] for task in rows})
+    lines = [json.loads(line) for line in (run / "tasks.jsonl").read_text().splitlines()]
+    (run / "tasks.jsonl").write_text("".join(json.dumps(line | rows[line["task"]]) + "\n" for line in lines))
+    return build_table(run)
+
+
+def test_a_figure_that_is_no_share_is_printed_as_it_is_and_said_to_be_no_percent(tmp_path):
+    perplexity = {"unit": "plain", "value": 22611885.656, "stderr": 1234.5}
+    table = hand_run(tmp_path / "r", {"maths": {"value": 0.5}, "corpus": perplexity, "old": {"unit": "share", "value": 0.25}})
+    grid = build_grid(table)
+    assert grid.rows[0][1:4] == ("50.0 ±10.0", "2.26e+07 ±1.23e+03", "25.0 ±10.0")
+    assert "No percent, printed as it is: corpus (exact_match)." in grid.notes
+    assert not any("No percent" in note for note in build_grid(hand_run(tmp_path / "s", {"maths": {}})).notes)
+
+
+def test_questions_are_counted_and_not_their_answers(tmp_path):
+    repeated = {"n_questions": 2, "repeats": 3, "n_scored": 6, "n_total": 6}
+    notes = build_grid(hand_run(tmp_path / "r", {"maths": repeated, "facts": {"n_questions": 1200}})).notes
+    assert any(note.endswith("questions: maths 2 × 3 repeats, facts 1,200.") for note in notes), notes
+
+
+def test_missing_and_cut_answers_are_said_below_the_table(tmp_path):
+    rows = {
+        "maths": {"n_missing": 2, "n_total": 24, "incomplete_rate": 0.125, "truncated_rate": 0.25},
+        "facts": {"n_missing": 0, "incomplete_rate": 0.0, "truncated_rate": 0.5},
+        "brought": {"n_missing": 1, "n_total": 5, "flags": ["imported"]},
+        "whole": {"n_missing": 0, "incomplete_rate": 0.0, "truncated_rate": 0.0},
+    }
+    notes = build_grid(hand_run(tmp_path / "r", rows)).notes
+    assert "Answers that are missing, which is no 0: bf16 maths 2 of 24: the same command asks for them again." in notes
+    assert "Answers that are missing, which is no 0: bf16 brought 1 of 5." in notes
+    assert (
+        "Incomplete answers (scored 0) and saturation: bf16 maths 12.5 % (cut by length, complete or not: 25.0 %); "
+        "bf16 facts 0.0 % (cut by length, complete or not: 50.0 %)." in notes
+    )

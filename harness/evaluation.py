@@ -1,0 +1,305 @@
+"""What the stages of an evaluation do: a task is made ready, a checkpoint answers it, the answers are scored.
+
+prepare   questions and prompts as token ids; no model is loaded
+evaluate  the engine answers what the journal lacks
+score     lm-eval's filters and metrics over the recorded answers; no model either
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import evaluate, prompts
+from harness.aggregates import aggregate
+from harness.answering import answer_requests, require_fit, seed_of
+from harness.engines import Answer, Engine, Failure, Likelihood, Outcome, Request
+from harness.errors import TaskError
+from harness.journal import Journal
+from harness.judge import METRIC, value_of
+from harness.judging import judged
+from harness.models import folder_fingerprint
+from harness.numerics import versions
+from harness.prepared import Ask, Prepared, Question, read_prepared, read_questions, write_prepared
+from harness.provenance import PACKAGES, device_kind, package_versions
+from harness.records import SCHEMA, read_json, read_samples, write_samples
+from harness.store import write_json
+from harness.task_files import fingerprint
+from harness.task_settings import ResolvedTask
+
+if TYPE_CHECKING:
+    from harness.plan import Stage
+    from harness.stages import Workbench
+
+
+@dataclass(frozen=True)
+class Answered:
+    """rows: one a (question, repeat) with what was answered. about: the engine, and how many responses are missing."""
+
+    rows: list[dict[str, Any]]
+    about: dict[str, Any]
+
+
+def prepare(bench: Workbench, stage: Stage, folder: Path) -> dict[str, Any]:
+    """Do a "prepare" stage."""
+    assert stage.task is not None
+    model = bench.folder_of(stage.inputs["model"])
+    with bench.reporter.track(stage.label):
+        prepared = prompts.prepare(stage.task, bench.tokenizer(model), model)
+        write_prepared(folder, prepared)
+    for note in prepared.about["notes"]:
+        bench.reporter.say(f"  {stage.label}: {note}")
+    for each in prepared.about["excluded"]:
+        bench.reporter.say(f"  {stage.label}: question {each['doc']} is left out: {each['reason']}")
+    return {key: prepared.about[key] for key in ("version", "n_questions", "n_requests", "excluded", "notes")}
+
+
+def answer(bench: Workbench, stage: Stage, folder: Path) -> dict[str, Any]:
+    """Do an "evaluate" stage."""
+    checkpoint = stage.inputs["checkpoint"]
+    prepared = read_prepared(bench.folder_of(stage.inputs["task"]))
+    with bench.reporter.track(stage.label) as advance:
+        engine = bench.engine(stage)
+        found = answer_task(
+            prepared,
+            engine,
+            weights=folder_fingerprint(bench.folder_of(checkpoint), bench.store),
+            journals=bench.journals,
+            repeats=stage.sections["repeats"],
+            sampling_seed=stage.sections["seed"],
+            on_progress=lambda done, total: advance(done, total, ""),
+        )
+    if found.about["n_missing"]:
+        bench.reporter.say(f"  {stage.label}: {missing_line(found.about)}")
+    write_samples(folder / "responses.jsonl.zst", found.rows)
+    write_json(folder / "answers.json", {"schema": SCHEMA, **found.about})
+    return {key: found.about[key] for key in ("seconds_answering", "backend", "flags", "n_missing")}
+
+
+def check(bench: Workbench, stage: Stage) -> None:
+    """Raise now what would end an "evaluate" stage after hours: a question that no context holds, repeats that draw nothing."""
+    about = read_json(bench.folder_of(stage.inputs["task"]) / "task.json")
+    _require_askable(about, stage.sections["repeats"], bench.context_length(stage))
+
+
+def _require_askable(about: dict[str, Any], repeats: int, context_length: int | None) -> None:
+    if repeats > 1 and about["is_greedy"]:
+        raise TaskError(
+            f"task {about['name']}: repeats = {repeats} has no effect, its answers draw nothing (temperature 0); remove repeats or "
+            "set a temperature in [sampling]"
+        )
+    longest = about["longest"]
+    if context_length is not None:
+        name = f"{about['name']}, question {longest['doc']}"
+        require_fit(name, longest["prompt_tokens"], longest["answer_tokens"], context_length)
+
+
+def score(bench: Workbench, stage: Stage, folder: Path) -> dict[str, Any]:
+    """Do a "score" stage."""
+    assert stage.task is not None
+    answers, prepared = (bench.folder_of(stage.inputs[role]) for role in ("answers", "task"))
+    given, engine = read_samples(answers / "responses.jsonl.zst") or [], read_json(answers / "answers.json")
+    if "verdicts" in stage.inputs:
+        given, engine = judged(given, engine, bench.folder_of(stage.inputs["verdicts"]))
+    with bench.reporter.track(stage.label):
+        rows, result = score_task(stage.task, read_json(prepared / "task.json"), read_questions(prepared), given, engine)
+    write_samples(folder / "samples.jsonl.zst", rows)
+    write_json(folder / "result.json", {"schema": SCHEMA, **result})
+    return {"scorer": result["scorer"]}
+
+
+def missing_line(about: dict[str, Any]) -> str:
+    """How many responses are missing and why, and what to do."""
+    reasons = "; ".join(about["missing_reasons"])
+    return f"{about['n_missing']:,} responses are missing ({reasons}); the same command asks for them again"
+
+
+def scorer_of(task: ResolvedTask, version: Any) -> str:
+    """What scores a task: its name, version and files; of lm-eval's own the package's version."""
+    digest = fingerprint(task.name, task.path)
+    source = digest[:12] if digest is not None else f"lm-eval {package_versions(('lm-eval',))['lm-eval']}"
+    return f"{task.name}@{version}:{source}"
+
+
+def answer_task(
+    prepared: Prepared,
+    engine: Engine,
+    *,
+    weights: str,
+    journals: Path,
+    repeats: int,
+    sampling_seed: int,
+    on_progress: Callable[[int, int], None],
+) -> Answered:
+    """Ask what the journal lacks and gather all answers.
+
+    Args:
+        weights: fingerprint of what the engine serves; answers are never shared between weights.
+        journals: folder in which answers are kept and found again.
+        on_progress: called with (requests settled, requests in all).
+    Raises:
+        EngineError: a prompt that does not fit the context.  StoreError: the journal cannot be read or written.
+        TaskError: several repeats of answers that draw nothing.
+    """
+    about = prepared.about
+    _require_askable(about, repeats, engine.context_length)
+    subtasks = {question.doc: question.subtask for question in prepared.questions}
+    asked: list[tuple[Ask, int]] = []
+    for repeat in range(repeats):
+        for ask in prepared.asks:
+            draws = about["draws"][subtasks[ask.doc]] if ask.sampling is not None else 1
+            asked += [(ask, repeat * draws + draw) for draw in range(draws)]
+    requests = [_request(ask, repeat, sampling_seed) for ask, repeat in asked]
+    protocol = {
+        "weights": weights,
+        "task": about["name"],
+        "version": about["version"],
+        "kernels": engine.kernels,
+        "numerics": versions()["evaluate"],
+        "packages": package_versions(PACKAGES["evaluate"]),
+        "device": device_kind(),
+        **engine.protocol,
+    }
+    began = time.monotonic()
+    with Journal(journals, protocol) as journal:
+        outcomes = _in_repeats(engine, journal, requests, on_progress)
+    rows = _answer_rows(prepared, repeats, [(ask, r, o) for (ask, r), o in zip(asked, outcomes, strict=True)], requests)
+    missing = [row["missing"] for row in rows if row["missing"] is not None]
+    return Answered(
+        rows,
+        {
+            "kernels": engine.kernels,
+            "flags": list(engine.flags),
+            "protocol": protocol,
+            "journal": f"{journal.path.parent.parent.name}/{journal.path.parent.name}/{journal.path.name}",
+            "repeats": repeats,
+            "sampling_seed": sampling_seed,
+            "n_missing": len(missing),
+            "missing_reasons": sorted(set(missing))[:5],
+            "seconds_answering": time.monotonic() - began,
+            "backend": engine.backend,
+        },
+    )
+
+
+def score_task(
+    asking: ResolvedTask,
+    about: dict[str, Any],
+    questions: Sequence[Question],
+    answers: Sequence[dict[str, Any]],
+    engine: dict[str, Any],
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Sample rows and the task's result from its recorded answers; `engine` is what `answer_task` said about it."""
+    scored = evaluate.score(asking, about, list(questions), list(answers))
+    primary = about["primary"]
+    if engine.get("judge") is not None:
+        primary = METRIC
+        verdicts = {(row["doc"], row["repeat"]): value_of(row["judged"]) for row in answers}
+        for row in scored.rows:
+            row["metrics"][METRIC] = verdicts[row["doc"], row["repeat"]]
+    scorer = scorer_of(asking, about["version"])
+    by_row = {(row["doc"], row["repeat"]): row for row in scored.rows}
+    by_doc = {question.doc: question for question in questions}
+    rows = [_sample(asking.name, scorer, by_doc[row["doc"]], row, by_row[row["doc"], row["repeat"]]) for row in answers]
+    found = aggregate(rows, primary=primary, aggregations=scored.aggregations, repeats=engine["repeats"])
+    subtasks = list(dict.fromkeys(row["subtask"] for row in rows))
+    if len(subtasks) > 1:
+        found["subtasks"] = {
+            name: aggregate(
+                [row for row in rows if row["subtask"] == name],
+                primary=primary,
+                aggregations=scored.aggregations,
+                repeats=engine["repeats"],
+            )["metrics"]
+            for name in subtasks
+        }
+    excluded = [{"doc": q.doc, "question": q.question, "reason": q.excluded} for q in questions if q.excluded is not None]
+    return rows, found | {
+        "kernels": engine["kernels"],
+        "flags": engine["flags"],
+        "judge": engine.get("judge"),
+        "is_partial": about["is_partial"],
+        "version": about["version"],
+        "publishable": about["publishable"],
+        "notes": about["notes"],
+        "excluded": excluded,
+        "scorer": scorer,
+    }
+
+
+def _request(ask: Ask, repeat: int, sampling_seed: int) -> Request:
+    request = ask.request(repeat)
+    if ask.sampling is None or ask.sampling.temperature == 0:
+        return request
+    return ask.request(repeat, seed_of(sampling_seed, request.hash, repeat))
+
+
+def _in_repeats(
+    engine: Engine, journal: Journal, requests: list[Request], on_progress: Callable[[int, int], None]
+) -> list[Outcome]:
+    """All outcomes; batches that answers depend on are planned a repeat at a time, so that more repeats leave them as they are."""
+    if not engine.answers_depend_on_batch:
+        return answer_requests(engine, journal, requests, on_progress)
+    found: dict[int, Outcome] = {}
+    for repeat in sorted({request.repeat for request in requests}):
+        mine = [index for index, request in enumerate(requests) if request.repeat == repeat]
+        settled = len(found)
+
+        def progress(done: int, total: int, settled: int = settled) -> None:
+            on_progress(settled + done, len(requests))
+
+        found |= zip(mine, answer_requests(engine, journal, [requests[i] for i in mine], progress), strict=True)
+    return [found[index] for index in range(len(requests))]
+
+
+def _answer_rows(
+    prepared: Prepared, repeats: int, outcomes: list[tuple[Ask, int, Outcome]], requests: list[Request]
+) -> list[dict[str, Any]]:
+    """One row a (question, repeat), with everything that was answered to its requests."""
+    draws = {question.doc: prepared.about["draws"][question.subtask] for question in prepared.questions}
+    grouped: dict[tuple[int, int], list[tuple[Ask, Request, Outcome]]] = {}
+    for (ask, number, outcome), request in zip(outcomes, requests, strict=True):
+        repeat = number // draws[ask.doc] if ask.sampling is not None else number
+        grouped.setdefault((ask.doc, repeat), []).append((ask, request, outcome))
+    return [_answer_row(doc, repeat, members) for (doc, repeat), members in sorted(grouped.items())]
+
+
+def _answer_row(doc: int, repeat: int, members: list[tuple[Ask, Request, Outcome]]) -> dict[str, Any]:
+    outcomes = [outcome for _, _, outcome in members]
+    reasons = [outcome.reason for outcome in outcomes if isinstance(outcome, Failure)]
+    answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]
+    windows: dict[int, list[Likelihood]] = {}
+    for ask, _, outcome in members:
+        if isinstance(outcome, Likelihood):
+            windows.setdefault(ask.index, []).append(outcome)
+    pairs = [[sum(part.logprob for part in parts), all(part.is_greedy for part in parts)] for parts in windows.values()]
+    return {
+        "doc": doc,
+        "repeat": repeat,
+        "requests": [request.hash for _, request, _ in members],
+        "seed": members[0][1].seed,
+        "seeds": [request.seed for _, request, _ in members if request.seed is not None],
+        "stops": list(members[0][0].stops),
+        "response": None if reasons else [answer.text for answer in answers] or pairs,
+        "token_ids": [list(answer.token_ids) for answer in answers] if answers and not reasons else None,
+        "finish_reason": [answer.finish_reason for answer in answers] if answers and not reasons else None,
+        "n_tokens": sum(len(answer.token_ids) for answer in answers) if answers and not reasons else None,
+        "missing": reasons[0] if reasons else None,
+        "seconds": sum(outcome.seconds for outcome in outcomes if not isinstance(outcome, Failure)),
+    }
+
+
+def _sample(task: str, scorer: str, question: Question, answer: dict[str, Any], scored: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **{key: value for key, value in answer.items() if key != "token_ids"},
+        **{key: scored[key] for key in ("subtask", "answer", "metrics", "is_incomplete", "is_truncated")},
+        "schema": SCHEMA,
+        "task": task,
+        "question": question.question,
+        "cluster": question.cluster,
+        "target": question.target,
+        "scorer": scorer,
+    }
