@@ -153,8 +153,15 @@ def _settle_incomplete(row: dict[str, Any], better: dict[str, bool], states_none
     row["is_incomplete"] |= row["is_truncated"] and (invalid or row["metrics"].get("unparsed") == 1.0)
     if row["is_incomplete"]:
         for key in row["metrics"]:
-            if better.get(key.partition(",")[0], True) and isinstance(row["metrics"][key], float):
-                row["metrics"][key] = 0.0
+            if better.get(key.partition(",")[0], True):
+                row["metrics"][key] = _zeroed(row["metrics"][key])
+
+
+def _zeroed(value: Any) -> Any:
+    """0 for every number of a figure, such as those of each instruction of one question; texts stay what was scored."""
+    if isinstance(value, list):
+        return [_zeroed(each) for each in value]
+    return 0.0 if isinstance(value, float) else value
 
 
 def _number(value: Any) -> Any:

@@ -46,6 +46,7 @@ def prepare(asking: ResolvedTask, tokenizer: Any, model: Path) -> Prepared:
     parts: list[dict[str, Any]] = []
     notes: list[str] = []
     is_partial = False
+    is_stock = asking.path is None and not is_ours(asking.name)
     tasks = load_tasks(asking, metadata)
     for task in tasks.values():
         _require_askable(task)
@@ -54,7 +55,7 @@ def prepare(asking: ResolvedTask, tokenizer: Any, model: Path) -> Prepared:
         docs = docs[: asking.limit]
         chat = _is_chat(task, asking, tokenizer)
         start = len(questions)
-        questions += [_question(task, start + i, doc) for i, doc in enumerate(docs)]
+        questions += [_question(task, start + i, doc, is_stock) for i, doc in enumerate(docs)]
         kept = [i for i in range(len(docs)) if questions[start + i].excluded is None]
         with _documents_given(task, docs):
             for instances in _in_chunks(_instances(task, kept, chat, renderer, asking)):
@@ -178,18 +179,20 @@ def _is_chat(task: Task, asking: ResolvedTask, tokenizer: Any) -> bool:
     return bool(chosen)
 
 
-def _question(task: Task, doc: int, fields: dict[str, Any]) -> Question:
-    source = fields.get("source_question")
+def _question(task: Task, doc: int, fields: dict[str, Any], is_stock: bool) -> Question:
+    """A document as a question. Of lm-eval's own tasks no field has a meaning to us, whatever a data set calls its columns."""
+    said = {} if is_stock else fields
+    source = said.get("source_question")
     if source is None:
         source = task.doc_to_decontamination_query(fields) if task.should_decontaminate() else task.doc_to_text(fields)
     return Question(
         doc=doc,
         subtask=str(task.config.task),
         question=question_digest(str(source)),
-        cluster=str(fields.get("cluster", doc)),
+        cluster=str(said.get("cluster", doc)),
         target=str(task.doc_to_target(fields)),
         fields=fields,
-        excluded=fields.get("excluded"),
+        excluded=said.get("excluded") or None,
     )
 
 

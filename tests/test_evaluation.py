@@ -5,14 +5,17 @@ import re
 
 import pytest
 
+from harness import evaluate as scoring
+from harness import prompts
 from harness.aggregates import aggregate
 from harness.answering import seed_of
 from harness.engines import Answer, Failure, Likelihood, Request, Sampling
 from harness.engines.scripted import ScriptedEngine
 from harness.errors import EngineError, StoreError, TaskError
 from harness.journal import Journal
+from harness.prepared import question_digest
 from harness.schema_evaluation import Thinking
-from harness.stats import mean_with_stderr
+from harness.stats import INVALID, mean_with_stderr
 from harness.task_files import fingerprint
 from harness.tasks import mini
 from harness.tasks.world import facts
@@ -449,6 +452,34 @@ def test_two_questions_of_one_text_are_asked_once_and_come_back_alike(tiny_token
     again = evaluate("even", engine, tmp_path / "journals", path=path)
     assert len(engine.asked) == 1 and first.samples == again.samples
     assert first.value("exact_match") == 1.0
+
+
+@pytest.mark.parametrize("value", [False, "", None])
+def test_a_column_that_a_data_set_calls_excluded_drops_no_question(tiny_tokenizer, tmp_path, value):
+    path = user_task(tmp_path)
+    rows = [{"question": f"Is {n} even?", "answer": "yes", "excluded": value} for n in (2, 4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(prepare(task("even", path=path), tiny_tokenizer).asks) == 2
+
+
+@pytest.mark.parametrize("is_stock", [True, False])
+def test_columns_of_lm_evals_own_data_sets_have_no_meaning_to_us(is_stock):
+    class Stock:
+        config = type("Config", (), {"task": "stock"})()
+        should_decontaminate = staticmethod(lambda: False)
+        doc_to_text = doc_to_target = staticmethod(lambda doc: "text")
+
+    fields = {"cluster": "a", "excluded": "yes", "source_question": "other"}
+    found = prompts._question(Stock(), 7, fields, is_stock)
+    assert (found.cluster, found.excluded) == (("7", None) if is_stock else ("a", "yes"))
+    assert found.question == question_digest("text" if is_stock else "other")
+
+
+def test_an_incomplete_answer_scores_0_in_figures_of_several_parts_too():
+    row = {"answer": {"none": INVALID}, "metrics": {"each": [1.0, 0.0, 1.0], "all": 1.0, "worse": 1.0}}
+    row |= {"is_truncated": True, "is_incomplete": False}
+    scoring._settle_incomplete(row, {"each": True, "all": True, "worse": False}, states_none=False)
+    assert row["is_incomplete"] and row["metrics"] == {"each": [0.0, 0.0, 0.0], "all": 0.0, "worse": 1.0}
 
 
 def test_the_file_that_is_named_is_asked_whatever_lies_beside_it(tiny_tokenizer, tmp_path):
