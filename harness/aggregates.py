@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,12 @@ _Aggregation = Callable[[list[Any]], Any] | None
 
 
 def aggregate(
-    rows: Sequence[dict[str, Any]], *, primary: str, aggregations: dict[str, _Aggregation], repeats: int
+    rows: Sequence[dict[str, Any]],
+    *,
+    primary: str,
+    aggregations: dict[str, _Aggregation],
+    repeats: int,
+    higher_is_better: Mapping[str, bool | None] | None = None,
 ) -> dict[str, Any]:
     """Figures of a task from its sample rows, one a (question, repeat).
 
@@ -25,7 +30,9 @@ def aggregate(
     Args:
         primary: the metric that stands for the task; with several repeats it also gets pass@k and maj@k, where its values are 0 and 1.
         aggregations: by metric, None for the mean.
+        higher_is_better: by metric; what it does not name is None, not known.
     """
+    better = higher_is_better or {}
     names = sorted({name for row in rows for name in row["metrics"]})
     metrics = {}
     for name in names:
@@ -33,11 +40,12 @@ def aggregate(
         function = aggregations.get(name)
         estimate = _mean(mine, name) if function is None else _resampled(mine, name, function)
         unit = "share" if function is None and _are_shares(mine, name) else "plain"
-        metrics[name] = _figure(estimate, mine, name) | {"unit": unit}
+        metrics[name] = _figure(estimate, mine, name) | {"unit": unit, "higher_is_better": better.get(name)}
     if primary not in metrics and metrics:  # of ruler, the first length that was asked
         primary = next((name for name in metrics if aggregations.get(name) is not None), primary)
     if repeats > 1 and primary in metrics:
-        metrics |= _over_repeats([row for row in rows if primary in row["metrics"]], primary, repeats)
+        over = _over_repeats([row for row in rows if primary in row["metrics"]], primary, repeats)
+        metrics |= {name: figure | {"higher_is_better": better.get(primary)} for name, figure in over.items()}
     tokens = [row["n_tokens"] for row in rows if row["n_tokens"] is not None]
     return {
         "primary": primary,

@@ -58,7 +58,7 @@ class Foreign:
     """All rows of some files of one tool.
 
     primary: its own headline metric. about: versions, model and date where they are known. is_partial: whether it says that it asked the
-    first questions only.
+    first questions only. higher_is_better: of the metrics of which it says so.
     """
 
     tool: str
@@ -66,6 +66,7 @@ class Foreign:
     primary: str
     about: dict[str, str]
     is_partial: bool = False
+    higher_is_better: dict[str, bool] = field(default_factory=dict)
 
 
 def read_foreign(paths: list[Path], tool: str = "auto") -> Foreign:
@@ -87,8 +88,9 @@ def read_foreign(paths: list[Path], tool: str = "auto") -> Foreign:
         if lacking and row.missing is None:
             raise DataError(f"{row.where}: has no {lacking[0]}, which other rows have; was the scoring interrupted?")
     preferred = [name for name in _PRIMARY.get(tool, ()) if name in names]
-    about, is_partial = _about(tool, next(iter(tables)))
-    return Foreign(tool, rows, (preferred or names)[0], about, is_partial)
+    about, is_partial, better = _about(tool, next(iter(tables)))
+    known = {name: better[metric] for name in names if (metric := name.partition(",")[0]) in better}
+    return Foreign(tool, rows, (preferred or names)[0], about, is_partial, known)
 
 
 def _table(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -293,15 +295,17 @@ TOOLS = tuple(_READERS)
 _PRIMARY = {"nemo-skills": ("judge_correct", "symbolic_correct", "accuracy", "problem_accuracy", "is_correct", "passed")}
 
 
-def _about(tool: str, path: Path) -> tuple[dict[str, str], bool]:
-    """What lies beside the results and says which version made them, where anything does; and whether it says that they are partial."""
+def _about(tool: str, path: Path) -> tuple[dict[str, str], bool, dict[str, bool]]:
+    """What lies beside the results and says which version made them; whether they are partial; and which metrics are better when higher."""
     date = re.search(r"_(\d{4}-\d\d-\d\dT[\d:.-]+)\.jsonl$", path.name)
     found: dict[str, Any] = {}
     is_partial = False
+    better: dict[str, Any] = {}
     if tool == "lm-eval" and date:
         record = _beside(path.with_name(f"results_{date.group(1)}.json"))
         task = path.name.removeprefix("samples_").removesuffix(date.group())
         sizes = (record.get("n-samples") or {}).get(task) or {}
+        better = (record.get("higher_is_better") or {}).get(task) or {}
         is_partial = sizes.get("effective", 0) < sizes.get("original", 0)
         found = {
             "tool_version": record.get("lm_eval_version"),
@@ -314,7 +318,8 @@ def _about(tool: str, path: Path) -> tuple[dict[str, str], bool]:
         config = record.get("config") or {}
         is_partial = config.get("max_problems") is not None
         found = {"tool_version": record.get("sdk_version"), "model": config.get("model"), "date": record.get("timestamp")}
-    return {key: str(value) for key, value in found.items() if value is not None}, is_partial
+    about = {key: str(value) for key, value in found.items() if value is not None}
+    return about, is_partial, {metric: said for metric, said in better.items() if isinstance(said, bool)}
 
 
 def _beside(path: Path) -> dict[str, Any]:

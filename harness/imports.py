@@ -81,6 +81,11 @@ def import_results(
     with disk_errors(f"the results folder {results}"):
         make_folder(folder, "the results folder")
         before = _read(samples)
+        if before is not None and (before.variant, before.task) != (variant, task):
+            raise StoreError(
+                f"{samples}: holds results of {before.variant} in {before.task}, whose files have the same name; give the imported task "
+                "another name (--task)"
+            )
         if before is not None and before.about()["files"] != source["files"]:
             raise StoreError(
                 f"{samples}: other results of {variant} in {task} were imported on {before.about()['imported']}; remove it and "
@@ -122,7 +127,7 @@ def find_imported(results: Path, suite: str, variants: Iterable[str], tasks: Ite
     Raises:
         SuiteError: the suite meanwhile runs one of the tasks itself.  StoreError: a file is damaged.
     """
-    names, ours = list(variants), set(tasks)
+    names, ours = list(variants), list(tasks)
     found = [each for path in sorted((results / "imported" / suite).glob("*.jsonl.zst")) if (each := _read(path)) is not None]
     for each in found:
         if each.task in ours:
@@ -130,6 +135,8 @@ def find_imported(results: Path, suite: str, variants: Iterable[str], tasks: Ite
                 f"{each.samples}: results of {each.task} were imported, and the suite runs {each.task} itself: which are meant is not "
                 f"known; remove the imported file and {_record_path(each.samples).name}, or take the task from the suite"
             )
+        if each.variant in names:
+            _require_own_files(each.variant, each.task, names, ours)
     return sorted((each for each in found if each.variant in names), key=lambda each: (names.index(each.variant), each.task))
 
 
@@ -233,7 +240,13 @@ def _result(
         near = difflib.get_close_matches(metric, names, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "."
         raise DataError(f"--metric {metric}: the results have no such metric{hint} Known: {', '.join(names)}")
-    figures = aggregate(rows, primary=metric or found.primary, aggregations={}, repeats=len({row["repeat"] for row in rows}))
+    figures = aggregate(
+        rows,
+        primary=metric or found.primary,
+        aggregations={},
+        repeats=len({row["repeat"] for row in rows}),
+        higher_is_better=found.higher_is_better,
+    )
     return figures | {
         "kernels": {"linear": "unknown"},
         "flags": [FLAG],
@@ -266,7 +279,19 @@ def _checked(path: Path, variant: str, task: str) -> str:
         raise SuiteError(
             f"--task {task}: not a name; letters, digits, '.', '_' and '-' are allowed, and a letter or digit first"
         )
+    _require_own_files(variant, task, names, [each.name for each in suite.tasks])
     return suite.name
+
+
+def _require_own_files(variant: str, task: str, variants: list[str], tasks: list[str]) -> None:
+    """SuiteError where another pair of variant and task has files of the same name: names may hold dots."""
+    for other in variants:
+        same = next((each for each in tasks if f"{other}.{each}" == f"{variant}.{task}" and each != task), None)
+        if same is not None:
+            raise SuiteError(
+                f"task {task} of {variant}, which is imported, and task {same} of {other} would both write samples/{variant}.{task}.jsonl.zst; "
+                "give the imported task another name (--task)"
+            )
 
 
 def _read(samples: Path) -> Imported | None:
@@ -276,6 +301,10 @@ def _read(samples: Path) -> Imported | None:
     record = read_json(_record_path(samples))
     try:
         found = Imported(record["variant"], record["task"], samples, record)
+        if samples.name != f"{found.variant}.{found.task}.jsonl.zst":
+            raise StoreError(
+                f"{samples}: its record is of {found.variant} in {found.task}; remove both and import the results again"
+            )
         if sha256(samples) != record["samples_sha256"]:
             raise StoreError(f"{samples}: is not what was imported (its digest differs); remove it and import it again")
     except KeyError as error:

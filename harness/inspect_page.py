@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import StoreError
-from harness.inspect_terminal import change, facts, metrics, weighed
+from harness.inspect_terminal import COUNTED, change, facts, metrics, weighed
 from harness.questions import (
     Question,
     QuestionView,
@@ -27,7 +27,7 @@ from harness.questions import (
 )
 from harness.schema_evaluation import Thinking
 from harness.store import disk_errors, write_text
-from harness.tables import score_text
+from harness.table_cells import score_text
 
 LONGEST_TEXT = 400_000
 LONGEST_TEXT_OF_MANY = 20_000
@@ -77,7 +77,7 @@ def _overview(task: TaskOverview, baseline: str, limit: int, shown: set[Any]) ->
     lists = "".join(f"<li><b>{_text(head)}:</b> {', '.join(parts)}</li>" for head, parts in _lists(task, limit, shown))
     return (
         f"<section><h2>{_text(task.task.name)}</h2>"
-        f"<p>{_text(task.task.primary)}, {task.n_questions:,} questions × {task.repeats}{compared}</p>"
+        f"<p>{_text(task.task.primary)}, {task.n_questions:,} questions × {task.repeats}{compared}. {COUNTED}</p>"
         f'<div class="wide"><table><thead><tr>{columns}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
         f"<ul>{lists}</ul></section>"
     )
@@ -140,9 +140,11 @@ def _variant(view: QuestionView, variant: str, selection: Selection, longest: in
     mean, first = view.mean(variant), view.mean(selection.baseline)
     title = _text(variant)
     if mean is not None:
-        title += f' <span class="{_class(mean)}">{mean:.3g}</span>'
+        title += f' <span class="{view.task.grade(mean)}">{mean:.3g}</span>'
         if first is not None and mean != first:
-            title += f" <small>{'worse' if mean < first else 'better'} than {_text(selection.baseline)}</small>"
+            title += (
+                f" <small>{'worse' if view.task.is_worse(mean, first) else 'better'} than {_text(selection.baseline)}</small>"
+            )
     answers = "".join(_answer(view, row, selection.run.thinking, longest) for row in view.rows[variant])
     return f"<article><h3>{title}</h3>{answers or '<p>not answered in this run</p>'}</article>"
 
@@ -152,7 +154,7 @@ def _answer(view: QuestionView, row: dict[str, Any], thinking: Thinking | None, 
     parts = [f'<p class="facts">{_text(facts(row))}</p>']
     if row["missing"] is not None:
         return "".join([*parts, f'<p class="some">missing{_reason(row["missing"], is_open)}</p>'])
-    parts.append(f'<p class="{_class(score_of(row, view.task.primary))}">{_text(metrics(row, with_text=is_open))}</p>')
+    parts.append(f'<p class="{view.task.grade(score_of(row, view.task.primary))}">{_text(metrics(row, with_text=is_open))}</p>')
     parts += [f'<p class="some">{word}</p>' for word in ("incomplete", "truncated") if row[f"is_{word}"]]
     verdict = verdict_of(row, with_text=is_open)
     if verdict is not None:
@@ -161,11 +163,11 @@ def _answer(view: QuestionView, row: dict[str, Any], thinking: Thinking | None, 
         return "".join([*parts, f"<p>response: sha256 {_digest(row['response'])}</p>"])
     for name, found in extractions(row, thinking).items():
         parts.append(f"<p><b>{_text(name)}:</b> <code>{_long(found, longest)}</code></p>")
-    return "".join([*parts, _response(row, thinking, longest)])
+    return "".join([*parts, _response(row, view.options, thinking, longest)])
 
 
-def _response(row: dict[str, Any], thinking: Thinking | None, longest: int) -> str:
-    parts = [f"<p>{_text(line)}</p>" for line in weighed(row)]
+def _response(row: dict[str, Any], options: tuple[str, ...], thinking: Thinking | None, longest: int) -> str:
+    parts = [f"<p>{_long(line, longest)}</p>" for line in weighed(row, options)]
     for response in responses(row):
         thought, answer = thinking_and_answer(response, thinking)
         if thought:
@@ -197,10 +199,6 @@ def _long(text: str, longest: int) -> str:
 
 def _text(value: Any) -> str:
     return html.escape(visible(str(value)))
-
-
-def _class(score: float | None) -> str:
-    return "none" if score is None else "right" if score >= 1 else "wrong" if score <= 0 else "some"
 
 
 _STYLE = """

@@ -30,13 +30,15 @@ from harness.questions import (
     visible,
 )
 from harness.schema_evaluation import Thinking
-from harness.tables import score_text
+from harness.table_cells import score_text
 
 COLUMN_WIDTH = 36
 """Characters that a variant's column needs to be read with ease: as many columns as fit stand side by side."""
 LONGEST_TEXT = 6_000
 """Of longer texts the middle is left out, and how much is said."""
 MISSING = "–"
+COUNTED = "Counts are of questions; shares below a table are of responses."
+_COLOURS = {"none": "", "right": "green", "wrong": "red", "some": "yellow"}
 
 
 def print_overview(found: list[TaskOverview], selection: Selection, console: Console, *, limit: int) -> None:
@@ -69,7 +71,7 @@ def print_question(view: QuestionView, selection: Selection, console: Console) -
 def _summary(task: TaskOverview, baseline: str) -> Table:
     compared = f", compared with {baseline}" if task.worse else ""
     title = f"{task.task.name}: {task.task.primary}, {task.n_questions} questions × {task.repeats}{compared}"
-    table = Table(title=Text(title), title_justify="left", title_style="bold")
+    table = Table(caption=Text(COUNTED), caption_justify="left", title=Text(title), title_justify="left", title_style="bold")
     for name in ("variant", "score", "worse", "better", "incomplete", "truncated", "missing"):
         table.add_column(name, justify="left" if name == "variant" else "right", overflow="fold")
     for variant in task.variants:
@@ -145,9 +147,9 @@ def _variant(view: QuestionView, variant: str, baseline: str) -> Text:
     title = Text(variant, style="bold")
     if mean is None:
         return title
-    title.append(f"  {mean:.3g}", style=_colour(mean))
+    title.append(f"  {mean:.3g}", style=_COLOURS[view.task.grade(mean)])
     if first is not None and mean != first:
-        title.append(f" ({'worse' if mean < first else 'better'} than {baseline})", style="default")
+        title.append(f" ({'worse' if view.task.is_worse(mean, first) else 'better'} than {baseline})", style="default")
     return title
 
 
@@ -159,7 +161,7 @@ def _answer(view: QuestionView, variant: str, repeat: int, selection: Selection)
     if row["missing"] is not None:
         return Group(*lines, Text(f"missing: {visible(row['missing'])}", style="bold yellow"))
     score = score_of(row, view.task.primary)
-    lines.append(Text(visible(metrics(row)), style=_colour(score)))
+    lines.append(Text(visible(metrics(row)), style=_COLOURS[view.task.grade(score)]))
     for word in ("incomplete", "truncated"):
         if row[f"is_{word}"]:
             lines.append(Text(word, style="bold yellow"))
@@ -168,11 +170,11 @@ def _answer(view: QuestionView, variant: str, repeat: int, selection: Selection)
     verdict = verdict_of(row, with_text=True)
     if verdict is not None:
         lines.append(Text("judge: ", style="bold").append_text(_cut(verdict)))
-    return Group(*lines, Text(""), *_response(row, selection.run.thinking))
+    return Group(*lines, Text(""), *_response(row, view.options, selection.run.thinking))
 
 
-def _response(row: dict[str, Any], thinking: Thinking | None) -> list[RenderableType]:
-    found: list[RenderableType] = [Text(line) for line in weighed(row)]
+def _response(row: dict[str, Any], options: tuple[str, ...], thinking: Thinking | None) -> list[RenderableType]:
+    found: list[RenderableType] = [_cut(line) for line in weighed(row, options)]
     for response in responses(row):
         thought, answer = thinking_and_answer(response, thinking)
         found += [_cut(thought, style="dim italic")] if thought else []
@@ -180,11 +182,15 @@ def _response(row: dict[str, Any], thinking: Thinking | None) -> list[Renderable
     return found
 
 
-def weighed(row: dict[str, Any]) -> list[str]:
-    """The log-likelihood of each choice in words, the highest marked."""
+def weighed(row: dict[str, Any], options: tuple[str, ...]) -> list[str]:
+    """The log-likelihood of each choice in words, the highest marked, and its text where that is known."""
     values = likelihoods(row)
     best = max(values, default=0.0)
-    return [f"choice {i}: log-likelihood {x:.3f}{' (highest)' if x == best else ''}" for i, x in enumerate(values)]
+    texts = [f": {option.strip()}" for option in options] if len(options) == len(values) else [""] * len(values)
+    return [
+        f"choice {i}: log-likelihood {x:.3f}{' (highest)' if x == best else ''}{text}"
+        for i, (x, text) in enumerate(zip(values, texts, strict=True))
+    ]
 
 
 def metrics(row: dict[str, Any], *, with_text: bool = True) -> str:
@@ -226,7 +232,3 @@ def _cut(text: str, *, style: str = "") -> Text:
     half = LONGEST_TEXT // 2
     note = f"\n… {left_out:,} characters are left out here; --html FILE has more …\n"
     return Text(shown[:half], style=style).append(note, style="yellow").append(shown[-half:], style=style)
-
-
-def _colour(score: float | None) -> str:
-    return "" if score is None else "green" if score >= 1 else "red" if score <= 0 else "yellow"

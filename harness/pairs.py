@@ -72,6 +72,17 @@ def same_sequence(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(key) for key in IDENTITY)
 
 
+def are_same_sequences(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> bool:
+    """Whether two variants were measured on the same tokens, in the same order."""
+    return list(map(same_sequence, ours)) == list(map(same_sequence, theirs))
+
+
+def mean_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], figure: str) -> tuple[float, float | None]:
+    """Ours less theirs, a mean over tokens of "kl", "ce" or "top1" on the same sequences, and its error over what errs together."""
+    differences = [a[f"{figure}_sum"] - b[f"{figure}_sum"] for a, b in zip(ours, theirs, strict=True)]
+    return ratio_over_clusters(differences, [row["n_tokens"] for row in ours], [cluster_of(row) for row in ours])
+
+
 def cluster_of(row: dict[str, Any]) -> tuple[Any, Any]:
     """What errs together: the answers to one question, or to related ones; of text each sequence by itself."""
     return row.get("task"), row.get("cluster", row["sequence"])
@@ -137,14 +148,12 @@ def _difference(
     ours, theirs = by_variant.get(candidate["name"]), by_variant.get(baseline["name"])
     if not ours or not theirs:
         return []
-    if list(map(same_sequence, ours)) != list(map(same_sequence, theirs)):
+    if not are_same_sequences(ours, theirs):
         raise StoreError(
             f"diagnostics_sequences.jsonl: {candidate['name']} and {baseline['name']} were measured on different sequences "
             "and cannot be paired; run the suite again"
         )
-    pairs = list(zip(ours, theirs, strict=True))
-    differences, counts = [a["kl_sum"] - b["kl_sum"] for a, b in pairs], [a["n_tokens"] for a, _ in pairs]
-    value, stderr = ratio_over_clusters(differences, counts, [cluster_of(a) for a, _ in pairs])
+    value, stderr = mean_difference(ours, theirs, "kl")
     return [
         {
             "candidate": candidate["name"],
@@ -152,7 +161,7 @@ def _difference(
             "difference": value,
             "stderr": stderr,
             "stderr_over_seeds": _stderr_over_seeds(candidate, baseline),
-            "n_sequences": len(pairs),
+            "n_sequences": len(ours),
             "unit": "answers" if "answer" in ours[0] else "sequences",
         }
     ]

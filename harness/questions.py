@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import StoreError
-from harness.samples import RunSamples, TaskRecord, open_samples, question_key
+from harness.samples import Asked, RunSamples, TaskRecord, open_samples, question_key
 from harness.schema_evaluation import Thinking
 from harness.thinking import split_thinking
 
@@ -97,12 +97,16 @@ class TaskOverview:
 
 @dataclass(frozen=True)
 class QuestionView:
-    """One question with its prompts and the rows of each variant, by repeat; a variant without rows has not answered it."""
+    """One question with its prompts and the rows of each variant, by repeat; a variant without rows has not answered it.
+
+    options: the texts whose likelihoods were asked, where the run keeps them.
+    """
 
     task: TaskRecord
     question: Question
     prompts: list[str]
     rows: dict[str, list[dict[str, Any]]]
+    options: tuple[str, ...] = ()
 
     @property
     def first(self) -> dict[str, Any]:
@@ -165,7 +169,7 @@ def read_questions(selection: Selection, *wanted: tuple[TaskRecord, Question]) -
     found: dict[tuple[str, Any], dict[str, list[dict[str, Any]]]] = {
         (task.name, question.key): {variant: [] for variant in selection.variants} for task, question in wanted
     }
-    prompts: dict[str, dict[int, list[str]]] = {}
+    asked: dict[str, dict[int, Asked]] = {}
     for task in dict.fromkeys(task.name for task, _ in wanted):
         for variant in _variants(selection, selection.run.tasks[task]):
             for row in selection.run.rows(variant, task):
@@ -173,13 +177,13 @@ def read_questions(selection: Selection, *wanted: tuple[TaskRecord, Question]) -
                 if rows is not None:
                     rows[variant].append(row)
         docs = {int(question.label) for record, question in wanted if record.name == task}
-        prompts[task] = selection.run.prompts(task, docs)
+        asked[task] = selection.run.asked(task, docs)
     views = []
     for record, question in wanted:
         by_variant = {v: sorted(rows, key=_repeat) for v, rows in found[record.name, question.key].items()}
         given = {row["prompt"]: None for rows in by_variant.values() for row in rows if row.get("prompt") is not None}
-        asked = prompts[record.name].get(int(question.label), [])
-        views.append(QuestionView(record, question, [*given] or asked, by_variant))
+        mine = asked[record.name].get(int(question.label), Asked())
+        views.append(QuestionView(record, question, [*given] or mine.prompts, by_variant, tuple(mine.options)))
     return views
 
 
@@ -268,8 +272,8 @@ def _overview(selection: Selection, task: TaskRecord) -> TaskOverview | None:
         if variant == selection.baseline or selection.baseline not in outcomes:
             continue
         flips = _flips(questions, first, outcomes[variant])
-        worse[variant] = [flip for flip in flips if flip.candidate < flip.baseline]
-        better[variant] = [flip for flip in flips if flip.candidate > flip.baseline]
+        worse[variant] = [flip for flip in flips if task.is_worse(flip.candidate, flip.baseline)]
+        better[variant] = [flip for flip in flips if task.is_worse(flip.baseline, flip.candidate)]
     return TaskOverview(
         task=task,
         variants=variants,

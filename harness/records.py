@@ -3,14 +3,15 @@
 <results>/<suite>/<run id>/
     run.json                       what was asked, resolved; provenance; stages and their keys
     tasks.jsonl                    a row a (variant, task, metric)
-    subtasks.jsonl                 a row a (variant, task, subtask, metric), of tasks with several
+    subtasks.jsonl                 a row a (variant, task, subtask, metric), of tasks with several; where there is one
     diagnostics.jsonl              a row a variant
     diagnostics_sequences.jsonl    a row a (variant, sequence): what paired differences need
     training/<variant>.jsonl       a row a step, and a row a validation; .svg and .png beside it are its figure
     tasks/<task>/                  what was asked: task.json, docs.jsonl.zst, requests.jsonl.zst
     samples/<variant>.<task>.jsonl.zst
                                    a row a (question, repeat): what was answered, what it was worth
-    table.md, table.csv, table.json
+    scores/<variant>.<task>.jsonl  a row a question: what its answers were worth, without text (`score_files`)
+    table.json, table.md, table.csv, table.tex
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from harness.store import StoredStage, disk_errors, make_folder, write_json, wri
 SCHEMA = 1
 _NOT_IN_ROWS = ("metrics", "subtasks", "notes", "excluded")
 MARKER = "harness-results.json"
+_SHOWN = 3
+"""Runs that are named where one is to be chosen."""
 
 
 def open_results(folder: Path) -> Path:
@@ -49,21 +52,50 @@ def open_results(folder: Path) -> Path:
     return folder
 
 
-def open_run(results: Path, suite: str, digest: str, *, has_work: bool, imported: Sequence[list[str]] = ()) -> Path:
+def open_run(
+    results: Path,
+    suite: str,
+    digest: str,
+    *,
+    has_work: bool,
+    imported: Sequence[list[str]] = (),
+    read_by: Mapping[str, Any] | None = None,
+) -> Path:
     """The folder of the run with this plan: the one that exists, or a new one named by time and plan.
 
     A complete run is never written again: where work is left although it is complete (the cache was deleted), or where it lists other
-    imported results than those of these identities, a new one begins.
+    imported results than those of these identities, or other settings that results are read by, or does not say that it is no rehearsal, a new
+    one begins.
     """
     for path in sorted((results / suite).glob("*/run.json"), reverse=True):
         with contextlib.suppress(StoreError):  # an older run that cannot be read is not this one
             about = read_json(path)
-            is_current = not has_work and [each["identity"] for each in about.get("imported", ())] == list(imported)
+            listed = [each["identity"] for each in about.get("imported", ())]
+            read = {key: about["resolved"].get(key) for key in read_by or ()}
+            is_current = (
+                not has_work
+                and about.get("rehearsal") is False
+                and listed == list(imported)
+                and read == json.loads(json.dumps(read_by or {}))
+            )
             if about.get("plan") == digest and (is_current or about.get("status") != "complete"):
                 return path.parent
     folder = results / suite / f"{time.strftime('%Y%m%d-%H%M%S')}-{digest[:8]}"
     make_folder(folder, "the results folder")
     return folder
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The run.json of a run folder; StoreError that names the newest runs where the folder is one of runs."""
+    if not (folder / "run.json").is_file():
+        runs = sorted((path.parent.name for path in folder.glob("*/run.json")), reverse=True)
+        if runs:
+            raise StoreError(f"{folder}: holds runs, and is none itself; give one of them, such as {', '.join(runs[:_SHOWN])}")
+        raise StoreError(
+            f"{folder}: no run.json: this is no run folder, such as results/<suite>/<run id>, or its run was killed before it wrote one; "
+            "run the same suite again"
+        )
+    return read_json(folder / "run.json")
 
 
 def is_complete(run: Path) -> bool:
@@ -98,9 +130,17 @@ def write_rows(folder: Path, stages: list[tuple[Any, StoredStage]], imported: Se
             elif stage.kind == "train":
                 _copy(stored.folder / "training.jsonl", folder / "training" / f"{stage.variant.name}.jsonl")
         write_lines(folder / "tasks.jsonl", [*tasks, *imported])
-        write_lines(folder / "subtasks.jsonl", subtasks)
+        write_subtasks(folder, subtasks)
         write_lines(folder / "diagnostics.jsonl", diagnostics)
         write_lines(folder / "diagnostics_sequences.jsonl", sequences)
+
+
+def write_subtasks(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write subtasks.jsonl, where any task has subtasks; without one there is no such file."""
+    if rows:
+        write_lines(folder / "subtasks.jsonl", rows)
+    else:
+        (folder / "subtasks.jsonl").unlink(missing_ok=True)
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -152,16 +192,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """JSON lines; StoreError that names file and line if one is damaged."""
     rows = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                if row["schema"] != SCHEMA:
-                    raise StoreError(f"{path}: line {number} has schema {row['schema']}, this version reads {SCHEMA}")
-                rows.append(row)
-            except (ValueError, KeyError, TypeError) as error:
-                raise StoreError(f"{path}: line {number} is damaged ({error})") from error
+        lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise StoreError(f"{path}: cannot be read, it is no text ({error})") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if row["schema"] != SCHEMA:
+                raise StoreError(f"{path}: line {number} has schema {row['schema']}, this version reads {SCHEMA}")
+            rows.append(row)
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{path}: line {number} is damaged ({error})") from error
     return rows
 
 

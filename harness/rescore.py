@@ -10,9 +10,21 @@ from typing import Any
 
 from harness.errors import StoreError
 from harness.provenance import PACKAGES, package_versions
-from harness.records import SCHEMA, read_json, read_lines, read_samples, subtask_rows, task_rows, write_lines, write_samples
-from harness.store import disk_errors, write_json, write_text
-from harness.tables import build_table, render
+from harness.records import (
+    SCHEMA,
+    read_json,
+    read_lines,
+    read_run,
+    read_samples,
+    subtask_rows,
+    task_rows,
+    write_lines,
+    write_samples,
+    write_subtasks,
+)
+from harness.score_files import score_rows, scores_path, write_scores
+from harness.store import disk_errors, make_folder, write_json
+from harness.tables import write_tables
 from harness.task_settings import task_of
 
 _OF_THE_ENGINE = ("kernels", "flags", "repeats", "judge")
@@ -31,10 +43,10 @@ def rescore(run: Path) -> list[str]:
     from harness.prepared import read_questions
 
     with _of_this_version(run):
-        about, rows = read_json(run / "run.json"), read_lines(run / "tasks.jsonl")
+        about, rows = read_run(run), read_lines(run / "tasks.jsonl")
         tasks = {record["name"]: task_of(record) for record in about["resolved"]["tasks"]}
         done = {(row["variant"], row["task"]): row for row in rows if not row.get("imported")}
-        pairs = {pair: (tasks[pair[1]], {key: row[key] for key in _OF_THE_ENGINE}) for pair, row in done.items()}
+        pairs = {pair: (tasks[pair[1]], _engine_of(row)) for pair, row in done.items()}
     found, parts, lines = [], [], []
     scored: dict[Path, Path] = {}
     try:
@@ -50,19 +62,22 @@ def rescore(run: Path) -> list[str]:
                 samples_now, result = evaluation.score_task(task, asked, questions, answers, engine)
                 scored[samples] = samples.with_name(f".{samples.name}.scored")
                 write_samples(scored[samples], samples_now)
+                scores = scores_path(run, variant, name)
+                make_folder(scores.parent, "the run folder")
+                scored[scores] = scores.with_name(f".{scores.name}.scored")
+                write_lines(scored[scores], score_rows(variant, name, samples_now, result["primary"]))
                 found += task_rows(variant, name, result)
                 parts += subtask_rows(variant, name, result)
                 lines.append(_change(variant, name, done[variant, name], result, before))
             for path, partial in scored.items():
                 partial.replace(path)
-            write_lines(run / "tasks.jsonl", [*found, *(row for row in rows if row.get("imported"))])
-            write_lines(run / "subtasks.jsonl", parts)
+            imported = [row for row in rows if row.get("imported")]
+            write_scores(run, imported)
+            write_lines(run / "tasks.jsonl", [*found, *imported])
+            write_subtasks(run, parts)
             now = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "packages": package_versions(PACKAGES["score"])}
             write_json(run / "run.json", {**about, "schema": SCHEMA, "rescored": [*about.get("rescored", ()), now]})
-            table = build_table(run)
-            write_json(run / "table.json", table)
-            for style in ("md", "csv"):
-                write_text(run / f"table.{style}", render(table, style))
+            write_tables(run)
     finally:
         for partial in scored.values():
             partial.unlink(missing_ok=True)
@@ -79,6 +94,11 @@ def _of_this_version(run: Path) -> Iterator[None]:
             f"{run}: not a run that this version can score, its records lack or add {str(error).splitlines()[0]}; score it with the "
             "version that wrote it, or run the suite again (responses are kept)"
         ) from error
+
+
+def _engine_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What is known of what answered; older rows say less of the engine."""
+    return {key: row[key] for key in _OF_THE_ENGINE} | {key: row.get(key) for key in ("engine", "sampling_seed")}
 
 
 def _change(variant: str, name: str, row: dict[str, Any], result: dict[str, Any], scorers: set[str]) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any, Literal
 
 from harness.errors import StoreError
-from harness.records import SCHEMA, read_json, read_lines
-from harness.schema_evaluation import Thinking
+from harness.null_variants import baseline_of
+from harness.records import SCHEMA, read_json, read_lines, read_run
+
+if TYPE_CHECKING:
+    from harness.schema_evaluation import Thinking
 
 _CHUNK_BYTES = 1 << 16
 
@@ -22,6 +23,7 @@ class TaskRecord:
     """A task of a run: the metric that stands in the table, by variant its value, and the variants whose samples are kept.
 
     is_publishable: whether its text may stand in a page; not unless the run says so. excluded: (question, why it was never asked).
+    higher_is_better: of that metric; None, not recorded, is taken as if it were.
     """
 
     name: str
@@ -30,6 +32,27 @@ class TaskRecord:
     values: dict[str, dict[str, Any]]
     variants: tuple[str, ...]
     excluded: tuple[tuple[int, str], ...]
+    higher_is_better: bool | None = None
+
+    def is_worse(self, candidate: float, baseline: float) -> bool:
+        """Whether the first score is worse than the second."""
+        return candidate > baseline if self.higher_is_better is False else candidate < baseline
+
+    def grade(self, score: float | None) -> Literal["right", "wrong", "some", "none"]:
+        """What a score says of an answer; one that has no upper end is never wrong altogether."""
+        if score is None:
+            return "none"
+        if self.higher_is_better is False:
+            return "right" if score <= 0 else "some"
+        return "right" if score >= 1 else "wrong" if score <= 0 else "some"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """prompts: one, or one a choice where they differ. options: the texts that were weighed, in order; runs of older versions have none."""
+
+    prompts: list[str] = field(default_factory=list)
+    options: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -47,22 +70,28 @@ class RunSamples:
         """The rows of a variant in a task, in the order of the file; StoreError if the file is damaged or of another version."""
         return stream_samples(samples_path(self.folder, variant, task))
 
-    def prompts(self, task: str, docs: set[int]) -> dict[int, list[str]]:
-        """What was asked in these questions of a task: one prompt, or one a choice where they differ. None for what is not kept."""
+    def asked(self, task: str, docs: set[int]) -> dict[int, Asked]:
+        """What was asked in these questions of a task; nothing of what is not kept."""
         path = self.folder / "tasks" / task / "requests.jsonl.zst"
-        found: dict[int, list[str]] = {}
+        found: dict[int, Asked] = {}
         for _, row in _rows(path) if path.is_file() else ():
-            if row["doc"] in docs and row["prompt"] not in found.setdefault(row["doc"], []):
-                found[row["doc"]].append(row["prompt"])
+            if row["doc"] in docs:
+                mine = found.setdefault(row["doc"], Asked())
+                mine.prompts.extend([] if row["prompt"] in mine.prompts else [row["prompt"]])
+                mine.options.extend([row["option"]] if row.get("option") is not None and row["part"] == 0 else [])
         return found
 
 
 def open_samples(folder: Path) -> RunSamples:
     """The run in `folder`; StoreError if it is no run, or none of its samples are there."""
-    about, rows = read_json(folder / "run.json"), read_lines(folder / "tasks.jsonl")
+    from pydantic import ValidationError  # slow to import, and tables need the names of this module alone
+
+    from harness.schema_evaluation import Thinking
+
+    about, rows = read_run(folder), read_lines(folder / "tasks.jsonl")
     try:
         variants = tuple(variant["name"] for variant in about["variants"])
-        baseline = next((v["name"] for v in about["variants"] if v["method"] == "bf16"), None)
+        baseline = baseline_of(about["variants"])
         markers = about["resolved"]["model"].get("thinking")
         thinking = None if markers is None else Thinking(**markers)
         tasks = {name: _task(folder, name, variants, rows) for name in dict.fromkeys(row["task"] for row in rows)}
@@ -141,6 +170,7 @@ def _task(folder: Path, name: str, variants: tuple[str, ...], rows: list[dict[st
         values={row["variant"]: row for row in mine if row["metric"] == primary},
         variants=tuple(variant for variant in variants if samples_path(folder, variant, name).is_file()),
         excluded=_excluded(folder / "tasks" / name / "task.json"),
+        higher_is_better=next((row.get("higher_is_better") for row in mine if row["metric"] == primary), None),
     )
 
 

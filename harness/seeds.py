@@ -27,7 +27,7 @@ def seed_groups(rows: list[dict[str, Any]], sequences: list[dict[str, Any]], sam
 
     Each figure has n (seeds that have it), mean, its standard error over questions or sequences, and sd_over_seeds (None below two seeds).
     Where a task's samples are gone or its seeds scored different questions, the error is the mean of the seeds' errors, which is never
-    smaller than that of the mean; `error_is_mean_of_seeds` says so.
+    smaller than that of the mean; `error_is_mean_of_seeds` says so of the metric that stands in the table.
     """
     members: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -104,7 +104,7 @@ def _task(name: str, rows: list[dict[str, Any]], samples: Samples) -> dict[str, 
         if stderr is None:
             errors = [each["stderr"] for each in found if each["stderr"] is not None]
             stderr = math.fsum(errors) / len(errors) if errors else None
-            is_mean = is_mean or (stderr is not None and len(found) > 1)
+            is_mean = is_mean or (metric == first["primary"] and stderr is not None and len(found) > 1)
         over_seeds = summary([each["value"] for each in found], stderr, "questions")
         metrics[metric] = over_seeds | {"unit": found[0].get("unit", "share")}
     return {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.records import SCHEMA, write_samples
+from harness.score_files import write_scores
 
 
 def sample(doc: int, score: float | None = 1.0, *, task: str = "maths", repeat: int = 0, **changes: Any) -> dict[str, Any]:
@@ -47,25 +48,41 @@ def write_run(
     thinking: dict[str, Any] | None = None,
     prompts: dict[int, str] | None = None,
     excluded: dict[int, str] | None = None,
+    row_changes: dict[tuple[str, str] | str, dict[str, Any]] | None = None,
+    variant_changes: dict[str, dict[str, Any]] | None = None,
+    about_changes: dict[str, Any] | None = None,
+    diagnostics: list[dict[str, Any]] | None = None,
+    sequences: list[dict[str, Any]] | None = None,
 ) -> Path:
-    """A run with these samples by (variant, task), the rows that go with them, and prompts: given, or made up, by question."""
+    """A finished run with these samples by (variant, task), the rows and scores that go with them, and prompts: given, or made up, by question.
+
+    A variant's method is its name. row_changes: of rows of tasks.jsonl, by (variant, task), or by variant or task for all of it.
+    variant_changes: of a variant's record. about_changes: of run.json. diagnostics, sequences: their rows, but for the schema.
+    """
     variants = list(dict.fromkeys(variant for variant, _ in samples))
     about = {
         "schema": SCHEMA,
         "suite": "hand",
         "run": folder.name,
         "status": "complete",
+        "rehearsal": False,
         "plan": "0",
         "model": {"notes": []},
         "resolved": {"model": {"thinking": thinking}},
-        "variants": [{"name": name, "method": name} for name in variants],
-    }
+        "variants": [{"name": name, "method": name} | (variant_changes or {}).get(name, {}) for name in variants],
+    } | (about_changes or {})
     (folder / "samples").mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(about))
     rows = []
     for (variant, task), found in samples.items():
         write_samples(folder / "samples" / f"{variant}.{task}.jsonl.zst", found)
         scores = [score for row in found if isinstance(score := row["metrics"]["exact_match"], float)]
+        changes = row_changes or {}
+        by_doc: dict[int, list[float]] = {}
+        for row in found:
+            by_doc.setdefault(row["doc"], [])
+            by_doc[row["doc"]] += [score] if isinstance(score := row["metrics"]["exact_match"], float) else []
+        means = [sum(each) / len(each) for each in by_doc.values() if each]
         _write_asked(folder / "tasks" / task, found, prompts or {}, excluded or {})
         rows.append(
             {
@@ -74,23 +91,37 @@ def write_run(
                 "task": task,
                 "metric": "exact_match",
                 "primary": "exact_match",
-                "value": sum(scores) / len(scores) if scores else None,
+                "value": sum(means) / len(means) if means else None,
+                "unit": "share",
+                "higher_is_better": True,
                 "stderr": 0.1,
                 "n_scored": len(scores),
                 "n_total": len(found),
                 "incomplete_rate": 0.0,
-                "kernels": {"linear": "bf16"},
+                "kernels": {"linear": "bf16" if variant.startswith("bf16") else "w4a4_emulation", "kv_cache": "bf16"},
+                "judge": None,
+                "engine": {"engine": "hf", "version": 1},
+                "sampling_seed": 0,
+                "scorer": found[0]["scorer"] if found else None,
+                "n_missing": sum(row["missing"] is not None for row in found),
+                "truncated_rate": 0.0,
+                "mean_tokens": 7.0,
+                "p95_tokens": 7.0,
                 "is_partial": False,
                 "version": 1,
                 "flags": [],
-                "repeats": 1,
-                "n_questions": len(found),
+                "repeats": len({row["repeat"] for row in found}),
+                "n_questions": len({row["doc"] for row in found}),
                 "publishable": publishable,
+                **changes.get(variant, {}),
+                **changes.get(task, {}),
+                **changes.get((variant, task), {}),
             }
         )
     (folder / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name in ("diagnostics", "diagnostics_sequences"):
-        (folder / f"{name}.jsonl").write_text("")
+    for name, given in (("diagnostics", diagnostics), ("diagnostics_sequences", sequences)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"schema": SCHEMA} | row) + "\n" for row in given or ()))
+    write_scores(folder, rows)
     return folder
 
 

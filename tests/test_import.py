@@ -100,6 +100,26 @@ def test_versions_and_date_come_from_the_results_that_lm_eval_wrote_beside(tmp_p
     assert read_foreign([path]).about == wanted
 
 
+def test_which_way_is_better_comes_from_lm_eval_where_it_says_so_and_is_not_known_otherwise(suite, tmp_path):
+    stamp = "2026-08-21T10-11-12.123456"
+    said = {"higher_is_better": {"gsm8k": {"exact_match": False, "bits": None}}}
+    (tmp_path / f"results_{stamp}.json").write_text(json.dumps(said))
+    rows = [
+        lm_eval(0, "2 + 2?", 0.25, filter=name) | {"bits": 0.5, "metrics": ["exact_match", "bits"]} for name in ("one", "two")
+    ]
+    bring(suite, tmp_path, *rows, name=f"samples_gsm8k_{stamp}.jsonl")
+    bring(suite, tmp_path, skills("2 + 2?"), task="other")
+    found = find_imported(tmp_path / "results", "tiny", ["ptq"], [])
+    better = {row["metric"]: row["higher_is_better"] for each in found for row in each.rows()}
+    assert better == {
+        "exact_match,one": False,
+        "exact_match,two": False,
+        "bits,one": None,
+        "bits,two": None,
+        "symbolic_correct": None,
+    }
+
+
 def test_choices_that_lm_eval_weighed_have_no_response_text(tmp_path):
     row = lm_eval(
         0, "2 + 2?", 1.0, resps=[[["-1.5", "False"]], [["-0.5", "True"]]], filtered_resps=[["-1.5", "False"], ["-0.5", "True"]]
@@ -394,3 +414,30 @@ def test_the_command_says_what_it_kept_and_refuses_in_one_message(suite, tmp_pat
     assert result.exit_code == 0 and "1 questions × 1 from nemo-skills" in result.output
     result = CliRunner().invoke(app, [*command, "nope"])
     assert result.exit_code == 2 and "no such variant" in result.output
+
+
+def test_an_imported_task_whose_files_would_be_those_of_an_own_one_is_refused(suite, tmp_path):
+    both = ["ptq", "ptq.a"]
+    bring(suite, tmp_path, skills("2 + 2?"), task="a.b")
+    assert len(find_imported(tmp_path / "results", "tiny", both, ["c"])) == 1
+    with pytest.raises(
+        SuiteError, match=r"a\.b of ptq, which is imported, and task b of ptq\.a would both write samples/ptq\.a\.b"
+    ):
+        find_imported(tmp_path / "results", "tiny", both, ["b"])
+
+
+def test_two_imported_tasks_whose_files_would_be_the_same_are_refused(suite, tmp_path):
+    bring(suite, tmp_path, skills("2 + 2?"), task="a.b")
+    (record,) = tmp_path.glob("results/imported/tiny/*.json")
+    about = json.loads(record.read_text())
+    record.write_text(json.dumps(about | {"variant": "ptq.a", "task": "b"}))  # as another suite of this name left it
+    with pytest.raises(StoreError, match=r"holds results of ptq\.a in b, whose files have the same name"):
+        bring(suite, tmp_path, skills("2 + 2?"), task="a.b")
+
+
+def test_an_imported_file_of_another_name_than_its_record_is_refused(suite, tmp_path):
+    bring(suite, tmp_path, skills("2 + 2?"))
+    for path in list(tmp_path.glob("results/imported/tiny/*")):
+        path.rename(path.with_name(path.name.replace("livecodebench", "other")))
+    with pytest.raises(StoreError, match="its record is of ptq in livecodebench; remove both"):
+        find_imported(tmp_path / "results", "tiny", ["ptq"], [])

@@ -242,6 +242,29 @@ def test_likelihoods_are_shown_by_choice_with_the_highest_marked(tmp_path):
     assert "choice 0: log-likelihood -1.500" in text and "choice 1: log-likelihood -0.250 (highest)" in text
 
 
+@pytest.mark.parametrize("publishable", [True, False])
+def test_the_text_of_each_choice_stands_beside_its_likelihood(tmp_path, publishable):
+    rows = [sample(0, response=[[-1.5, False], [-0.25, True]], finish_reason=None, n_tokens=None)]
+    run = write_run(tmp_path / "r", {("bf16", "maths"): rows}, publishable=publishable)
+    asks = [
+        {"doc": 0, "index": i, "part": 0, "prompt": "A capital:", "option": o} for i, o in enumerate((" Paris", " <b>Rome"))
+    ]
+    write_samples(run / "tasks" / "maths" / "requests.jsonl.zst", asks)
+    text = shown(run, question="0")
+    assert "choice 0: log-likelihood -1.500: Paris" in text
+    assert "choice 1: log-likelihood -0.250 (highest): <b>Rome" in text
+    shown(run, question="0", page=tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert ("log-likelihood -0.250 (highest): &lt;b&gt;Rome" in page) == publishable
+    assert ("Rome" in page) == publishable
+
+
+def test_counts_are_said_to_be_of_questions(run, tmp_path):
+    assert "Counts are of questions" in " ".join(shown(run).split())
+    shown(run, page=tmp_path / "page.html")
+    assert "Counts are of questions" in (tmp_path / "page.html").read_text()
+
+
 def test_prompts_that_are_not_kept_leave_the_answers_to_be_seen(run):
     (run / "tasks" / "maths" / "requests.jsonl.zst").unlink()
     text = shown(run, question="0")

@@ -1,6 +1,7 @@
 """Scoring a run folder again: what is written and in which order, and what is said of folders that cannot be scored."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,6 +92,17 @@ def test_what_is_imported_stays_last_parts_have_a_file_and_the_packages_that_sco
     assert {row["scorer"] for row in read_samples(run / "samples" / "ptq.maths.jsonl.zst")} == {"maths@2:def"}
 
 
+def test_the_scores_without_text_are_those_of_the_new_scoring_and_imported_ones_come_too(run, scorer):
+    shutil.rmtree(run / "scores")
+    rescore.rescore(run)
+    scores = {path.name: [row["scores"] for row in read_lines(path)] for path in (run / "scores").iterdir()}
+    assert scores == {
+        "bf16.maths.jsonl": [[0.0], [0.0]],
+        "ptq.maths.jsonl": [[0.0], [0.0]],
+        "bf16.other tool's.jsonl": [[1.0]],
+    }
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_an_end_in_the_middle_leaves_every_file_as_it_was(run, scorer, error):
     before = files(run)
@@ -135,6 +147,13 @@ def test_a_run_of_another_shape_says_what_to_do(run, scorer, resolved, message):
         rescore.rescore(run)
 
 
+def test_rows_from_before_the_engine_was_recorded_are_scored_and_say_that_it_is_not_known(run, scorer):
+    change_rows(run, lambda row: {name: value for name, value in row.items() if name not in ("engine", "sampling_seed")})
+    rescore.rescore(run)
+    own = [row for row in read_lines(run / "tasks.jsonl") if row["task"] == "maths"]
+    assert [(row["engine"], row["sampling_seed"]) for row in own] == [(None, None)] * 2
+
+
 @pytest.mark.parametrize("key", ["judge", "kernels", "variant"])
 def test_rows_that_lack_a_key_are_a_run_of_another_shape(run, scorer, key):
     change_rows(run, lambda row: {name: value for name, value in row.items() if name != key})
@@ -161,3 +180,9 @@ def test_a_run_writes_the_parts_of_a_group_beside_its_tasks(tmp_path):
     assert (row["task"], row["subtask"], row["metric"], row["value"]) == ("group", "one", "exact_match", 0.5)
     (row,) = read_lines(tmp_path / "tasks.jsonl")
     assert row["value"] == 0.75 and "subtasks" not in row
+
+
+def test_without_subtasks_there_is_no_file_of_them(tmp_path):
+    write_rows(tmp_path, [])
+    assert not (tmp_path / "subtasks.jsonl").exists()
+    assert (tmp_path / "tasks.jsonl").exists()

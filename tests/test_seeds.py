@@ -3,13 +3,16 @@
 import csv
 import io
 import json
+import shutil
 import statistics
 from pathlib import Path
 
 import pytest
+from sample_runs import sample
 
 from harness.errors import StoreError
-from harness.records import write_samples
+from harness.records import read_lines, write_samples
+from harness.score_files import write_scores
 from harness.seeds import seed_groups, summary
 from harness.stats import mean_with_stderr
 from harness.tables import build_grid, build_table, render
@@ -64,6 +67,8 @@ def make_run(folder: Path, names: list[str], *, selection: dict | None = None, s
         "kernels": {"linear": "w4a4_emulation"},
         "is_partial": False,
         "version": 1,
+        "n_questions": 5,
+        "repeats": 1,
     }
     tasks, diagnostics, sequences = [], [], []
     (folder / "samples").mkdir()
@@ -73,7 +78,7 @@ def make_run(folder: Path, names: list[str], *, selection: dict | None = None, s
             figures = {"value": value, "stderr": stderr, "n_scored": 5, "n_total": 5}
             tasks.append({"variant": name, "task": "t", "metric": "acc", **figures, **shared})
             rows = [
-                {"doc": i, "question": "one text for all", "repeat": 0, "cluster": cluster, "metrics": {"acc": float(right)}}
+                sample(i, task="t", question="one text for all", cluster=cluster, metrics={"acc": float(right)})
                 for i, (cluster, right) in enumerate(zip(CLUSTERS, RIGHT[name], strict=True))
             ]
             if samples:
@@ -123,20 +128,20 @@ def test_a_group_has_the_mean_over_seeds_its_error_over_questions_and_the_spread
 def test_the_row_of_a_group_stands_below_its_seeds(tmp_path):
     table = build_table(make_run(tmp_path, [*THREE, "qat-seed0"]))
     grid = build_grid(table)
-    assert [row[0] for row in grid.rows] == [*THREE, "qad (3 seeds)", "qat-seed0", "qat (1 seed)"]
+    assert [row[0] for row in grid.rows] == ["ptq", "qat-seed0", "qat (1 seed)", *THREE[1:], "qad (3 seeds)"]
     columns = list(grid.columns)
-    cells = dict(zip(columns, grid.rows[4], strict=True))
+    cells = dict(zip(columns, grid.rows[6], strict=True))
     assert cells["t"] == "53.3 ±16.7 (seeds 11.5)"
     assert cells["KL"] == "0.425 ±0.037 (seeds 0.090)"
     ce, error = ratio_with_stderr([2 * n + kl for n, kl in zip(TOKENS, (5.0, 12.0), strict=True)], TOKENS)
     assert cells["CE"] == f"{ce:.3f} ±{error:.3f} (seeds 0.090)" == "2.425 ±0.037 (seeds 0.090)"
     assert cells["top-1"] == f"0.500 ±{ratio_with_stderr([5, 5], TOKENS)[1]:.3f} (seeds 0.000)"
     assert cells["ppl"] == "9.00 (seeds 0.00)"  # no error is defined for it
-    assert grid.rows[1][columns.index("CE")] == "2.350"  # a single seed has its error in KL alone
+    assert grid.rows[3][columns.index("CE")] == "2.350"  # a single seed has its error in KL alone
     assert (cells["MB"], cells["bits/w"], cells["trained"]) == ("1.0", "4.50", "6,030")
-    one = dict(zip(grid.columns, grid.rows[6], strict=True))
+    one = dict(zip(grid.columns, grid.rows[2], strict=True))
     assert one["KL"].endswith("(seeds –)") and one["t"] == "–"
-    assert table["seed_groups"][1]["diagnostics"]["response"]["kl"]["sd_over_seeds"] is None
+    assert table["seed_groups"][0]["diagnostics"]["response"]["kl"]["sd_over_seeds"] is None
     assert sum("of the FP4 codes differ" in note for note in grid.notes) == 2
     assert not any("Budgets differ" in note for note in grid.notes)
     assert any("qad-seed0, qad-seed1, qad-seed2: 10 steps" in note and "1.0, 2.0, 3.0 %" in note for note in grid.notes)
@@ -151,6 +156,15 @@ def test_the_row_of_a_group_is_a_line_of_the_csv_too(tmp_path):
     assert float(rows[4]["kl"]) == group["mean"] and float(rows[4]["kl_sd_over_seeds"]) == group["sd_over_seeds"]
     assert (rows[4]["n_seeds"], rows[4]["group"], rows[4]["kl_p50"], rows[4]["t.n_scored"]) == ("3", "qad", "", "")
     assert (rows[1]["seed"], rows[1]["group"], rows[0]["seed"], rows[0]["group"]) == ("0", "qad", "", "")
+
+
+def test_without_samples_the_scores_of_the_run_give_the_very_same_errors(tmp_path):
+    run = make_run(tmp_path, THREE)
+    write_scores(run, read_lines(run / "tasks.jsonl"))
+    with_samples = build_table(run)["seed_groups"]
+    shutil.rmtree(run / "samples")
+    assert build_table(run)["seed_groups"] == with_samples
+    assert not with_samples[0]["tasks"]["t"]["error_is_mean_of_seeds"]
 
 
 def test_without_samples_the_error_is_the_mean_of_the_seeds_errors_an_upper_bound_and_a_note_says_so(tmp_path):
@@ -239,7 +253,7 @@ def test_a_group_carries_the_marks_of_its_seeds(tmp_path):
 
 
 def test_a_checkpoint_chosen_by_validation_loss_gets_a_note_and_no_mark(tmp_path):
-    selection = {"select": "best_val", "tasks": ["t"], "step": 1200, "steps": 1500}
+    selection = {"select": "best_val", "tasks": [], "step": 1200, "steps": 1500}
     table = build_table(make_run(tmp_path, THREE, selection=selection))
     grid = build_grid(table)
     assert "†" not in "".join(cell for row in grid.rows for cell in row)
