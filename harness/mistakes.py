@@ -71,11 +71,17 @@ class Mistakes:
         elif kind == "literal_error":
             allowed = re.findall(r"'([^']*)'", problem["ctx"]["expected"]) or [problem["ctx"]["expected"]]
             self.add(key, f"found {found!r}", near=(str(found), allowed), what="Allowed")
+        elif kind == "value_error" and len(problem["loc"]) < 2:  # of a section as a whole, which would be long to repeat
+            self.add(key, str(problem["ctx"]["error"]))
         else:
             hint = (
                 " (the commit, 40 hex digits: a branch or tag can move)" if plain in ("model.revision", "data.revision") else ""
             )
-            self.add(key, f"found {found!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}{hint}")
+            if plain.endswith("margin"):
+                hint = " (a margin is how much damage is allowed, in points)"
+            message = re.sub("[Tt]uple", "list", problem["msg"])
+            shown = list(found) if isinstance(found, tuple) else found
+            self.add(key, f"found {shown!r}; {message[0].lower()}{message[1:]}{hint}")
 
 
 def _tuples(value: Any) -> Any:
