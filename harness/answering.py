@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 
-from harness.engines import Engine, Failure, Outcome, Request, identity
+from harness.engines import Engine, Failure, Outcome, Request, Sampling, identity
 from harness.errors import EngineError
 from harness.journal import Journal
 
@@ -15,6 +15,8 @@ def answer_requests(
     journal: Journal,
     requests: Sequence[Request],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    batch_plan: int | None = None,
 ) -> list[Outcome]:
     """What came of each request, in order.
 
@@ -24,18 +26,24 @@ def answer_requests(
 
     Args:
         on_progress: called with (requests settled, requests in all).
+        batch_plan: seed by which the batches that the engine plans are dealt anew (`dealt_anew`). The journal must be another than
+            that of answers without it.
     """
     places: dict[str, list[int]] = {}
     for index, request in enumerate(requests):
         places.setdefault(identity(request), []).append(index)
     first = [indices[0] for indices in places.values()]
-    settled = _answer([requests[i] for i in first], engine, journal, on_progress)
+    settled = _answer([requests[i] for i in first], engine, journal, on_progress, batch_plan)
     found = {index: outcome for outcome, indices in zip(settled, places.values(), strict=True) for index in indices}
     return [found[index] for index in range(len(requests))]
 
 
 def _answer(
-    requests: Sequence[Request], engine: Engine, journal: Journal, on_progress: Callable[[int, int], None]
+    requests: Sequence[Request],
+    engine: Engine,
+    journal: Journal,
+    on_progress: Callable[[int, int], None],
+    batch_plan: int | None,
 ) -> list[Outcome]:
     """`answer_requests` for requests that differ."""
     found: dict[int, Outcome] = {}
@@ -46,7 +54,7 @@ def _answer(
 
     on_progress(0, len(requests))
     if engine.answers_depend_on_batch:
-        for members in engine.plan(requests):
+        for members in dealt_anew(engine.plan(requests), requests, batch_plan):
             batch = [requests[i] for i in members]
             outcomes: list[Outcome] | None = list(journal.find_batch(batch) or ())
             if not outcomes:
@@ -64,12 +72,32 @@ def _answer(
         else:
             settle(index, known)
     missing = [requests[i] for i in asked]
-    for members in engine.plan(missing):
+    for members in dealt_anew(engine.plan(missing), missing, batch_plan):
         batch = [missing[i] for i in members]
         for place, outcome in engine.answer(batch):
             journal.append(batch[place], outcome)
             settle(asked[members[place]], outcome)
     return [found.get(index, Failure("the engine gave no answer")) for index in range(len(requests))]
+
+
+def dealt_anew(batches: list[list[int]], requests: Sequence[Request], seed: int | None) -> list[list[int]]:
+    """Planned batches with the requests that draw nothing dealt anew among the places of their kind; as they are without a seed.
+
+    Where answers depend on the batch this is another composition of batches of the same sizes, where an engine forms its own another
+    order of submission. The order follows from the seed and the requests alone, whichever of them are asked.
+    """
+    if seed is None:
+        return batches
+    kinds: dict[tuple[bool, Sampling | None], list[int]] = {}
+    for index in (index for members in batches for index in members if requests[index].seed is None):
+        kinds.setdefault(_kind(requests[index]), []).append(index)
+    order = {index: hashlib.sha256(f"{seed}:{identity(request)}".encode()).digest() for index, request in enumerate(requests)}
+    dealt = {kind: iter(sorted(members, key=order.__getitem__)) for kind, members in kinds.items()}
+    return [[i if requests[i].seed is not None else next(dealt[_kind(requests[i])]) for i in members] for members in batches]
+
+
+def _kind(request: Request) -> tuple[bool, Sampling | None]:
+    return request.continuation is None, request.sampling
 
 
 def require_fit(question: str, n_prompt: int, n_answer: int, context_length: int) -> None:

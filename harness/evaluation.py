@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from harness import evaluate, prompts
 from harness.aggregates import aggregate
 from harness.answering import answer_requests, require_fit, seed_of
-from harness.engines import Answer, Engine, Failure, Likelihood, Outcome, Request
+from harness.engines import Answer, Engine, Failure, Likelihood, Outcome, Request, identity
 from harness.errors import TaskError
 from harness.journal import Journal
 from harness.judge import METRIC, value_of
@@ -35,9 +35,16 @@ if TYPE_CHECKING:
     from harness.stages import Workbench
 
 
+_OF_THE_ENGINE = ("engine", "version", "numerics", "numerics_vllm", "device", "packages", "engine_packages", "vllm", "server")
+"""What of an engine's protocol stands in a row: what it is, not how it was set up and where it is reached."""
+
+
 @dataclass(frozen=True)
 class Answered:
-    """rows: one a (question, repeat) with what was answered. about: the engine, and how many responses are missing."""
+    """rows: one a (question, repeat) with what was answered. about: the engine, and how many responses are missing.
+
+    about["generated"]: tokens and seconds of the engine where all was asked in one go; None where the journal had a part, or one is missing.
+    """
 
     rows: list[dict[str, Any]]
     about: dict[str, Any]
@@ -70,13 +77,14 @@ def answer(bench: Workbench, stage: Stage, folder: Path) -> dict[str, Any]:
             journals=bench.journals,
             repeats=stage.sections["repeats"],
             sampling_seed=stage.sections["seed"],
+            batch_plan=stage.sections.get("batch_plan"),
             on_progress=lambda done, total: advance(done, total, ""),
         )
     if found.about["n_missing"]:
         bench.reporter.say(f"  {stage.label}: {missing_line(found.about)}")
     write_samples(folder / "responses.jsonl.zst", found.rows)
     write_json(folder / "answers.json", {"schema": SCHEMA, **found.about})
-    return {key: found.about[key] for key in ("seconds_answering", "backend", "flags", "n_missing")}
+    return {key: found.about[key] for key in ("seconds_answering", "generated", "backend", "flags", "n_missing")}
 
 
 def check(bench: Workbench, stage: Stage) -> None:
@@ -133,6 +141,7 @@ def answer_task(
     repeats: int,
     sampling_seed: int,
     on_progress: Callable[[int, int], None],
+    batch_plan: int | None = None,
 ) -> Answered:
     """Ask what the journal lacks and gather all answers.
 
@@ -140,6 +149,7 @@ def answer_task(
         weights: fingerprint of what the engine serves; answers are never shared between weights.
         journals: folder in which answers are kept and found again.
         on_progress: called with (requests settled, requests in all).
+        batch_plan: seed of another plan of the batches; such answers have a journal of their own, also those that are sampled.
     Raises:
         EngineError: a prompt that does not fit the context.  StoreError: the journal cannot be read or written.
         TaskError: several repeats of answers that draw nothing.
@@ -162,11 +172,16 @@ def answer_task(
         "packages": package_versions(PACKAGES["evaluate"]),
         "device": device_kind(),
         **engine.protocol,
+        **({} if batch_plan is None else {"batch_plan": batch_plan}),
     }
     began = time.monotonic()
     with Journal(journals, protocol) as journal:
-        outcomes = _in_repeats(engine, journal, requests, on_progress)
+        outcomes = _in_repeats(engine, journal, requests, on_progress, batch_plan)
+    seconds = time.monotonic() - began
+    is_of_one_go = journal.n_written == len({identity(request) for request in requests})
     rows = _answer_rows(prepared, repeats, [(ask, r, o) for (ask, r), o in zip(asked, outcomes, strict=True)], requests)
+    if batch_plan is not None:
+        rows = [row if row["seeds"] else {**row, "batch_plan": batch_plan} for row in rows]
     missing = [row["missing"] for row in rows if row["missing"] is not None]
     return Answered(
         rows,
@@ -179,7 +194,8 @@ def answer_task(
             "sampling_seed": sampling_seed,
             "n_missing": len(missing),
             "missing_reasons": sorted(set(missing))[:5],
-            "seconds_answering": time.monotonic() - began,
+            "seconds_answering": seconds,
+            "generated": {"n_tokens": journal.n_tokens_written, "seconds": seconds} if is_of_one_go else None,
             "backend": engine.backend,
         },
     )
@@ -204,22 +220,23 @@ def score_task(
     by_row = {(row["doc"], row["repeat"]): row for row in scored.rows}
     by_doc = {question.doc: question for question in questions}
     rows = [_sample(asking.name, scorer, by_doc[row["doc"]], row, by_row[row["doc"], row["repeat"]]) for row in answers]
-    found = aggregate(rows, primary=primary, aggregations=scored.aggregations, repeats=engine["repeats"])
+    better = scored.higher_is_better | {METRIC: True}
+
+    def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return aggregate(
+            rows, primary=primary, aggregations=scored.aggregations, repeats=engine["repeats"], higher_is_better=better
+        )
+
+    found = figures(rows)
     subtasks = list(dict.fromkeys(row["subtask"] for row in rows))
     if len(subtasks) > 1:
-        found["subtasks"] = {
-            name: aggregate(
-                [row for row in rows if row["subtask"] == name],
-                primary=primary,
-                aggregations=scored.aggregations,
-                repeats=engine["repeats"],
-            )["metrics"]
-            for name in subtasks
-        }
+        found["subtasks"] = {name: figures([row for row in rows if row["subtask"] == name])["metrics"] for name in subtasks}
     excluded = [{"doc": q.doc, "question": q.question, "reason": q.excluded} for q in questions if q.excluded is not None]
     return rows, found | {
         "kernels": engine["kernels"],
         "flags": engine["flags"],
+        "engine": engine_record(engine),
+        "sampling_seed": engine.get("sampling_seed"),
         "judge": engine.get("judge"),
         "is_partial": about["is_partial"],
         "version": about["version"],
@@ -230,6 +247,12 @@ def score_task(
     }
 
 
+def engine_record(about: dict[str, Any]) -> dict[str, Any] | None:
+    """Which engine answered, of which version and on what, from what `answer_task` said; None where a run does not say."""
+    protocol = about.get("protocol")
+    return about.get("engine") if protocol is None else {key: protocol[key] for key in _OF_THE_ENGINE if key in protocol}
+
+
 def _request(ask: Ask, repeat: int, sampling_seed: int) -> Request:
     request = ask.request(repeat)
     if ask.sampling is None or ask.sampling.temperature == 0:
@@ -238,11 +261,15 @@ def _request(ask: Ask, repeat: int, sampling_seed: int) -> Request:
 
 
 def _in_repeats(
-    engine: Engine, journal: Journal, requests: list[Request], on_progress: Callable[[int, int], None]
+    engine: Engine,
+    journal: Journal,
+    requests: list[Request],
+    on_progress: Callable[[int, int], None],
+    batch_plan: int | None,
 ) -> list[Outcome]:
     """All outcomes; batches that answers depend on are planned a repeat at a time, so that more repeats leave them as they are."""
     if not engine.answers_depend_on_batch:
-        return answer_requests(engine, journal, requests, on_progress)
+        return answer_requests(engine, journal, requests, on_progress, batch_plan=batch_plan)
     found: dict[int, Outcome] = {}
     for repeat in sorted({request.repeat for request in requests}):
         mine = [index for index, request in enumerate(requests) if request.repeat == repeat]
@@ -251,7 +278,8 @@ def _in_repeats(
         def progress(done: int, total: int, settled: int = settled) -> None:
             on_progress(settled + done, len(requests))
 
-        found |= zip(mine, answer_requests(engine, journal, [requests[i] for i in mine], progress), strict=True)
+        outcomes = answer_requests(engine, journal, [requests[i] for i in mine], progress, batch_plan=batch_plan)
+        found |= zip(mine, outcomes, strict=True)
     return [found[index] for index in range(len(requests))]
 
 

@@ -13,6 +13,7 @@ from harness.plan import Plan, Stage
 from harness.provenance import provenance
 from harness.records import SCHEMA
 from harness.store import StoredStage
+from harness.suite import Suite
 from qad.footprint import footprint
 
 
@@ -27,6 +28,7 @@ def manifest(
         "run": run,
         "plan": plan.digest,
         "status": "complete" if is_complete else "unfinished",
+        "rehearsal": False,
         "model": {
             "path": suite.model.path,
             "origin": plan.source.origin,
@@ -40,6 +42,7 @@ def manifest(
             "engine": suite.engine.model_dump(),
             "judge": suite.judge.model_dump() | {"prompt": prompt_hash()} if suite.judge else None,
             "diagnostics": suite.diagnostics.model_dump() if suite.diagnostics else None,
+            **read_by(suite),
         },
         "imported": imported,
         "gaps": [
@@ -53,6 +56,8 @@ def manifest(
             {
                 "kind": s.kind,
                 "label": s.label,
+                "variant": s.variant.name if s.variant is not None else None,
+                "generated": f.record["result"].get("generated"),
                 "key": s.key,
                 "imported_from": f.record["key"] if f.is_imported else None,
                 "digest": f.digest,
@@ -61,6 +66,14 @@ def manifest(
             for s, f in done
         ],
         "provenance": provenance(),
+    }
+
+
+def read_by(suite: Suite) -> dict[str, Any]:
+    """Settings that change no figure, only what is made of them."""
+    return {
+        "gate": suite.gate.model_dump() if suite.gate else None,
+        "reference": suite.reference.model_dump() if suite.reference else None,
     }
 
 

@@ -1,7 +1,8 @@
-"""What `harness plan` prints: stages, whether they are stored, requests, training tokens. No torch, no lm-eval."""
+"""What `harness plan` prints: stages, whether they are stored, requests, training tokens, the gate's power. No torch, no lm-eval."""
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -14,8 +15,11 @@ from harness.suite import load_suite
 from harness.tasks.sizes import MINI_TASKS, REQUESTS_A_QUESTION, n_questions
 
 
-def outline(path: Path) -> list[str]:
-    """Lines that describe the plan of the suite at `path`."""
+def outline(path: Path, *, policy: Path | None = None, results: Path = Path("results")) -> list[str]:
+    """Lines that describe the plan of the suite at `path`, and what its gate, or the policy in a file, will be able to decide.
+
+    results: where earlier runs are, of which the newest finished one says how much answers vary.
+    """
     suite = load_suite(path)
     store = Store(cache_folder())
     plan = make_plan(suite, store)
@@ -35,7 +39,31 @@ def outline(path: Path) -> list[str]:
     defaults = dict.fromkeys((variant.group, default) for variant in plan.variants for default in variant.defaults)
     lines += [f"{group}: default {default}" for group, default in defaults]
     lines += list(dict.fromkeys(task.default for task in plan.suite.tasks if task.default))
-    return [*lines, *unused, *_left_behind(plan, store), f"{n_done} of {len(plan.stages)} stages are stored"]
+    lines += _missing_keys(plan)
+    lines += [*unused, *_left_behind(plan, store), f"{n_done} of {len(plan.stages)} stages are stored"]
+    return lines + _gate(plan, store, policy, results)
+
+
+def _missing_keys(plan: Plan) -> list[str]:
+    """A line for each variable with a key of an endpoint that a run will want and that is not set here."""
+    names = (endpoint.api_key_env for endpoint in plan.endpoints)
+    return [
+        f"{name} is not set here; harness run needs the key in it"
+        for name in dict.fromkeys(names)
+        if name and not os.environ.get(name)
+    ]
+
+
+def _gate(plan: Plan, store: Store, policy: Path | None, results: Path) -> list[str]:
+    """What can be decided, where there is a policy."""
+    if policy is None and plan.suite.gate is None:
+        return []
+    from harness.plan_gate import gate_lines
+    from harness.policy import OF_THE_SUITE, load_policy
+
+    given = plan.suite.gate if policy is None else load_policy(policy)
+    assert given is not None
+    return gate_lines(plan, store, given, source=OF_THE_SUITE if policy is None else str(policy), results=results)
 
 
 def _origin(found: StoredStage | None) -> str:

@@ -18,7 +18,7 @@ from harness.numerics import versions
 from harness.provenance import PACKAGES, VLLM_PACKAGES, device_kind, package_versions, vllm_device_kind
 from harness.schema import Model, Quantization, Teacher
 from harness.schema_data import Mix
-from harness.schema_server import engine_identity, kinds_of
+from harness.schema_server import Endpoint, engine_identity, kinds_of
 from harness.sources import TextSource, find_source, identity
 from harness.store import Store
 from harness.suite import ResolvedVariant, Suite
@@ -100,6 +100,13 @@ class Plan:
     judge: Stage | None
 
     @property
+    def endpoints(self) -> list[Endpoint]:
+        """The servers that are there already: those of variants, and the judge's."""
+        judge = self.suite.judge
+        given = [*(variant.endpoint for variant in self.variants), judge.endpoint if judge is not None else None]
+        return [endpoint for endpoint in given if endpoint is not None]
+
+    @property
     def digest(self) -> str:
         """Identity of everything that the plan produces, and of the names it produces it under."""
         rows = [[s.variant.name if s.variant else None, s.key] for s in self.stages]
@@ -129,11 +136,12 @@ def make_plan(suite: Suite, store: Store, *, only: tuple[str, ...] = ()) -> Plan
 
 def _require_told_apart(suite: Suite, variants: tuple[ResolvedVariant, ...], checkpoint_of: dict[str, Stage]) -> None:
     """SuiteError for two endpoints that nothing but their address tells apart: the answers of one would stand for both."""
-    first: dict[tuple[str, str], str] = {}
+    first: dict[tuple[str, str, int | None], str] = {}
     for variant in variants:
         if variant.endpoint is None:
             continue
-        name = first.setdefault((checkpoint_of[variant.name].key, variant.endpoint.model), variant.name)
+        identity = checkpoint_of[variant.name].key, variant.endpoint.model, variant.sampling_seed
+        name = first.setdefault(identity, variant.name)
         if name != variant.name:
             raise SuiteError(
                 f'{suite.path}: variants "{name}" and "{variant.name}": the same checkpoint under the same model name '
@@ -293,17 +301,18 @@ class _Builder:
     def _answered(self, variant: ResolvedVariant, checkpoint: Stage, task: ResolvedTask) -> Stage:
         engine = engine_identity(self.suite.engine, variant.endpoint, is_quantized=variant.method != "bf16")
         sections: dict[str, Any] = {"engine": engine, "repeats": task.repeats, "seed": task.seed}
+        if variant.sampling_seed is not None:
+            sections |= {"seed": variant.sampling_seed, "batch_plan": variant.sampling_seed}
         inputs = {"checkpoint": checkpoint, "task": self._prepared(task)}
         return self._add(Stage("evaluate", f"{variant.name}: {task.name}", sections, inputs, variant=variant, task=task))
 
     def _real_answers(self) -> dict[str, Stage]:
         """What the BF16 model answered to the tasks whose answers are generated, whichever variants were chosen."""
-        bf16 = next(variant for variant in self.suite.variants if variant.method == "bf16")
         found = {}
         for task in self.suite.tasks:
             if gives_answers(task.name, task.path) is not False:
                 found[f"task {task.name}"] = self._prepared(task)
-                found[f"answers {task.name}"] = self._answered(bf16, self.model, task)
+                found[f"answers {task.name}"] = self._answered(self.suite.baseline, self.model, task)
         return found
 
     def _prepared(self, task: ResolvedTask) -> Stage:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.done import about_stage, adopt_imported, find_done, is_done
+from harness.done import about_stage, adopt_imported, find_done, is_done, require_keys
 from harness.imports import copy_imported, identities, imported_for
-from harness.manifest import manifest
+from harness.manifest import manifest, read_by
 from harness.plan import Plan, Stage, make_plan
 from harness.plots import plot_trainings
 from harness.progress import Reporter
-from harness.provenance import provenance
-from harness.records import is_complete, open_results, open_run, read_json, write_rows
-from harness.store import Store, cache_folder, disk_errors, write_json, write_text
+from harness.provenance import peak_memory, provenance
+from harness.records import is_complete, open_results, open_run, read_json, read_lines, write_rows
+from harness.score_files import write_missing_scores, write_scores
+from harness.store import Store, cache_folder, disk_errors, write_json
 from harness.suite import load_suite
-from harness.tables import build_grid, build_table, print_grid, render
+from harness.tables import build_grid, build_table, print_grid, write_tables
 from harness.torchrun import follow, is_follower, leading
 
 if TYPE_CHECKING:
@@ -64,15 +63,17 @@ def prepare_suite(path: Path, results: Path, reporter: Reporter) -> None:
 def _run(plan: Plan, store: Store, results: Path, reporter: Reporter) -> bool:
     suite = plan.suite
     pending = [stage for stage in plan.stages if not is_done(stage, store)]
-    folder = open_run(results, suite.name, plan.digest, has_work=bool(pending), imported=identities(plan, results))
+    listed = identities(plan, results)
+    folder = open_run(results, suite.name, plan.digest, has_work=bool(pending), imported=listed, read_by=read_by(suite))
+    if not pending:
+        reporter.say(f"{suite.name}: nothing to do, all {len(plan.stages)} stages are stored")
     try:
         if pending:
             _do(plan, store, results, folder, reporter)
-        else:
-            reporter.say(f"{suite.name}: nothing to do, all {len(plan.stages)} stages are stored")
     finally:  # an interrupted run shows what it has
         if pending or not is_complete(folder):
             _write(plan, store, folder)
+    write_missing_scores(folder)
     _show(folder, reporter)
     reporter.say(f"Results: {folder}")
     gaps = read_json(folder / "run.json")["gaps"]
@@ -84,6 +85,7 @@ def _run(plan: Plan, store: Store, results: Path, reporter: Reporter) -> bool:
 
 
 def _do(plan: Plan, store: Store, results: Path, folder: Path, reporter: Reporter) -> None:
+    require_keys(plan, store)
     n_pending = sum(not is_done(stage, store) for stage in plan.stages)
     reporter.say(f"{plan.suite.name}: {n_pending} of {len(plan.stages)} stages to do")
     for note in plan.source.notes:
@@ -120,30 +122,23 @@ def _do_stage(bench: Workbench, stage: Stage, store: Store) -> None:
     record = about_stage(stage, store)
     with store.writing(stage.key, record) as stage_folder:
         record["result"] = bench.run(stage, stage_folder)
-        record |= {"seconds": time.monotonic() - began, "peak_memory_bytes": _peak_memory(), "provenance": provenance()}
+        record |= {"seconds": time.monotonic() - began, "peak_memory_bytes": peak_memory(), "provenance": provenance()}
     bench.tidy(stage)
 
 
 def _write(plan: Plan, store: Store, folder: Path) -> None:
     """Bring the run folder up to what is done."""
     done = [(stage, found) for stage in plan.stages if (found := find_done(stage, store)) is not None]
+    is_complete_now = all(is_done(stage, store) for stage in plan.stages)
     imported = imported_for(plan, folder.parent.parent)
     with disk_errors(f"the run folder {folder}"):
         write_rows(folder, done, copy_imported(imported, folder))
-        is_complete_now = all(is_done(stage, store) for stage in plan.stages)
+        write_scores(folder, read_lines(folder / "tasks.jsonl"))
         about = manifest(plan, done, run=folder.name, is_complete=is_complete_now, imported=[each.about() for each in imported])
         write_json(folder / "run.json", about)
-        table = build_table(folder)
         plot_trainings(folder)
-        write_json(folder / "table.json", table)
-        for style in ("md", "csv"):
-            write_text(folder / f"table.{style}", render(table, style))
+        write_tables(folder)
 
 
 def _show(folder: Path, reporter: Reporter) -> None:
     print_grid(build_grid(build_table(folder)), reporter.console)
-
-
-def _peak_memory() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -8,13 +8,11 @@ from pydantic import Field, model_validator
 
 from harness.schema_data import Data
 from harness.schema_evaluation import SamplingSettings, Task, Thinking
+from harness.schema_gate import Gate, Reference
 from harness.schema_server import Endpoint, Launch
 from harness.section import Name, Positive, PositiveFloat, Section, Seed
 
-NOT_AVAILABLE_KEYS = {
-    "gate": "release gates",
-    "reference": "published figures beside ours",
-}
+NOT_AVAILABLE_KEYS: dict[str, str] = {}
 NOT_AVAILABLE_VALUES = {
     "model.kind": {"image-text": "vision-language models"},
 }
@@ -146,6 +144,8 @@ class Variant(Section):
     seeds: trains one for each. teacher, loss, temperature, ce_weight: of "qad", whose loss is "kl" where nothing is said;
         "kl_ce" is (1 - ce_weight) KL + ce_weight CE.
     endpoint: the server that serves its checkpoint already, where engine.kind = "server" starts none.
+    sampling_seed: for the noise floor, beside a variant that is the same without it: its sampled answers are drawn with seeds derived
+        from this one, and the others computed in batches planned by it.
     """
 
     name: Name
@@ -160,6 +160,7 @@ class Variant(Section):
     temperature: PositiveFloat | None = None
     ce_weight: Annotated[float, Field(gt=0, lt=1)] | None = None
     endpoint: Endpoint | None = None
+    sampling_seed: Seed | None = None
 
 
 class Engine(Section):
@@ -212,3 +213,5 @@ class File(Section):
     engine: Engine
     judge: Judge | None = None
     diagnostics: Diagnostics | None = None
+    gate: Gate | None = None
+    reference: Reference | None = None

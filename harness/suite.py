@@ -1,4 +1,4 @@
-"""The suite: its TOML schema, its validation and its errors. The only TOML parser of the project.
+"""The suite: its TOML schema, its validation and its errors.
 
 TOML is data here: closed keys, closed vocabularies, no includes, no expressions. All mistakes of a file are reported at
 once, each with the file, the key, what was found, what is allowed and the nearest legal spelling. What belongs to the
@@ -7,8 +7,6 @@ format but is not built yet is refused with "not available in this version".
 
 from __future__ import annotations
 
-import difflib
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 from harness.data_checks import data_mistakes, data_uses, diagnostics_mistakes, with_stages
 from harness.errors import SuiteError
 from harness.mistakes import Mistakes, listed
+from harness.null_variants import null_mistakes
 from harness.schema import (
     Diagnostics,
     Engine,
@@ -29,9 +28,11 @@ from harness.schema import (
     Variant,
 )
 from harness.schema_data import Data, Generated
+from harness.schema_gate import Gate, Reference
 from harness.schema_server import CLIENT_ARGS, Endpoint, judge_mistakes, server_mistakes
 from harness.task_files import known_tasks, metadata_of
 from harness.task_settings import ResolvedTask, looks_mistyped, resolve_tasks, same_files
+from harness.toml_file import read_toml
 from harness.training_rules import RECOMMENDED_LOSS, RECOMMENDED_LR, contradictions, objective_of
 
 
@@ -54,6 +55,7 @@ class ResolvedVariant:
     teacher: Teacher | None = None
     defaults: tuple[str, ...] = ()
     endpoint: Endpoint | None = None
+    sampling_seed: int | None = None
 
     @property
     def is_trained(self) -> bool:
@@ -62,7 +64,7 @@ class ResolvedVariant:
 
 @dataclass(frozen=True)
 class Suite:
-    """A validated suite. `variants` are in the order in which they are made: BF16, made elsewhere, PTQ, trained."""
+    """A validated suite. `variants` are in the order in which they are made: BF16 and its nulls, made elsewhere, PTQ, trained."""
 
     path: Path
     name: str
@@ -73,6 +75,13 @@ class Suite:
     engine: Engine
     judge: Judge | None
     diagnostics: Diagnostics | None
+    gate: Gate | None
+    reference: Reference | None
+
+    @property
+    def baseline(self) -> ResolvedVariant:
+        """The BF16 variant that everything is measured against."""
+        return next(variant for variant in self.variants if variant.method == "bf16" and variant.sampling_seed is None)
 
     def data_with_stages(self, variants: tuple[ResolvedVariant, ...]) -> list[str]:
         """Data sections that become token batches for some of its variants: not those that only give prompts to another."""
@@ -109,20 +118,7 @@ _METHOD_ORDER = ("bf16", "checkpoint", "ptq", "qad", "qat")
 
 def load_suite(path: Path) -> Suite:
     """Parse and validate the suite at `path`; SuiteError with one line a mistake."""
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-        hint = (
-            f"; did you mean {path.parent / near[0]}?"
-            if near
-            else "; give the path of a TOML file, such as suites/quickstart.toml"
-        )
-        raise SuiteError(f"{path}: there is no such suite{hint}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SuiteError(f"{path}: not TOML: {error}") from None
-    except OSError as error:
-        raise SuiteError(f"{path}: cannot be read: {error.strerror}; a suite is a TOML file") from None
+    raw = read_toml(path, what="suite", example="suites/quickstart.toml")
     return _Validation(path, raw).suite()
 
 
@@ -143,11 +139,14 @@ class _Validation:
         tasks = resolve_tasks(file, self.path, self.mistakes)
         for message in same_files([variant.name for variant in variants], tasks):
             self.mistakes.add("task", message)
+        for key, message in null_mistakes(variants, tasks):
+            self.mistakes.add(key, message)
         self._check_data_names(file, variants)
         self._check_engine(file, variants)
         for key, message in diagnostics_mistakes(file):
             self.mistakes.add(key, message)
         self._check_judge(file)
+        self._check_gate(file, variants)
         if self.mistakes.found:
             raise SuiteError("\n".join(self.mistakes.found))
         return Suite(
@@ -155,11 +154,13 @@ class _Validation:
             name=file.name,
             model=file.model,
             data=file.data,
-            variants=tuple(sorted(variants, key=lambda v: _METHOD_ORDER.index(v.method))),
+            variants=tuple(sorted(variants, key=lambda v: (_METHOD_ORDER.index(v.method), v.sampling_seed is not None))),
             tasks=tasks,
             engine=file.engine,
             judge=file.judge,
             diagnostics=file.diagnostics,
+            gate=file.gate,
+            reference=file.reference,
         )
 
     def _variants(self, file: File) -> list[ResolvedVariant]:
@@ -215,12 +216,11 @@ class _Validation:
                         variant.teacher,
                         tuple(defaults),
                         variant.endpoint,
+                        variant.sampling_seed,
                     )
                 )
         for name in _repeated([variant.name for variant in resolved]):
             self.mistakes.add("variant", f'the name "{name}" is repeated; names of variants must differ')
-        if not any(variant.method == "bf16" for variant in resolved):
-            self.mistakes.add("variant", 'no variant has method = "bf16"; the others are measured against it')
         return resolved
 
     def _trained(
@@ -337,6 +337,20 @@ class _Validation:
             self.mistakes.add(f"judge.{key}", message)
         if engine.kind == "hf" and engine.kernels is not None:
             self.mistakes.add("judge.engine.kernels", f'has no effect with kind = "{engine.kind}"; remove it')
+
+    def _check_gate(self, file: File, variants: list[ResolvedVariant]) -> None:
+        """[gate] and [reference] name variants and tasks that are there; imported tasks are named by the run, and known only then."""
+        names = [variant.name for variant in variants]
+        for key in ("baseline", "candidate") if file.gate else ():
+            name = getattr(file.gate, key)
+            if name is not None and name not in names:
+                self.mistakes.add(f"gate.{key}", f'no variant "{name}"', near=(name, names))
+        for index, figure in enumerate(file.reference.figure if file.reference else ()):
+            known = list(dict.fromkeys([*names, *(variant.method for variant in variants)]))
+            if figure.variant not in known:
+                self.mistakes.add(
+                    f"reference.figure[{index}].variant", f'no variant "{figure.variant}"', near=(figure.variant, known)
+                )
 
     def _check_engine_args(self, where: str, kind: str, args: dict[str, Any]) -> None:
         known = ENGINE_ARGS[kind]

@@ -1,8 +1,10 @@
 """Keys change with everything that can change a result, and with nothing else."""
 
 import pytest
+from typer.testing import CliRunner
 
 from harness import numerics, plan, provenance
+from harness.cli import app
 from harness.done import about_stage
 from harness.errors import ModelError, SuiteError
 from harness.models import resolve_model
@@ -293,3 +295,17 @@ def test_the_mirror_is_asked_before_the_hub_and_its_revision_must_agree(tmp_path
     with pytest.raises(ModelError, match=f"at {'f' * 40}, the suite asks for {HEX}"):
         resolve_model(Model(path="org/name", revision=HEX), store)
     assert resolve_model(Model(path="org/other", revision=HEX), store).fingerprint == f"hub:org/other@{HEX}"
+
+
+@pytest.mark.parametrize("verb", ["plan", "prepare", "run"])
+def test_a_mirror_that_is_not_there_is_an_error_at_once(tiny_suite, tmp_path, monkeypatch, verb):
+    monkeypatch.setenv("HARNESS_MIRROR", str(tmp_path / "nowhere"))
+    done = CliRunner().invoke(app, [verb, str(tiny_suite), "--results", str(tmp_path / "results")])
+    assert done.exit_code == 2
+    assert f"HARNESS_MIRROR is set to {tmp_path}/nowhere: there is no such folder; unset it, or name one" in done.output
+
+
+@pytest.mark.parametrize("sampling", ["temperature = 0.6\nseed = 3", 'protocol = "open-r1"', "max_tokens = 64"])
+def test_sampling_is_no_part_of_a_task_that_compares_likelihoods(tiny_suite, tmp_path, sampling):
+    moved = changed(tiny_suite, tmp_path, "[engine]", f"[sampling]\n{sampling}\n\n[engine]")
+    assert moved and all("mini_math" in label for label in moved)

@@ -154,11 +154,33 @@ def test_a_complete_run_is_never_written_again_when_there_is_work(tmp_path):
     first = open_run(tmp_path, "s", "d" * 12, has_work=True)
     write_json(first / "run.json", {"schema": 1, "plan": "d" * 12, "status": "unfinished"})
     assert open_run(tmp_path, "s", "d" * 12, has_work=True) == first
-    write_json(first / "run.json", {"schema": 1, "plan": "d" * 12, "status": "complete"})
+    about = {"schema": 1, "plan": "d" * 12, "status": "complete", "rehearsal": False}
+    write_json(first / "run.json", about)
     assert open_run(tmp_path, "s", "d" * 12, has_work=False) == first
     second = first.with_name("20000101-000000-dddddddd")
     first.rename(second)
     assert open_run(tmp_path, "s", "d" * 12, has_work=True) != second
+    write_json(second / "run.json", {key: about[key] for key in about if key != "rehearsal"})
+    assert open_run(tmp_path, "s", "d" * 12, has_work=False) != second, "it does not say that it is no rehearsal"
+
+
+def test_another_gate_makes_another_run_of_what_is_stored(tmp_path):
+    from harness.records import open_run
+    from harness.store import write_json
+
+    gate = {"gate": {"kernels": ("native",)}}
+    first = open_run(tmp_path, "s", "d" * 12, has_work=False, read_by=gate)
+    first = first.rename(first.with_name("20000101-000000-dddddddd"))
+    about = {
+        "schema": 1,
+        "plan": "d" * 12,
+        "status": "complete",
+        "rehearsal": False,
+        "resolved": {"gate": {"kernels": ["native"]}},
+    }
+    write_json(first / "run.json", about)
+    assert open_run(tmp_path, "s", "d" * 12, has_work=False, read_by=gate) == first
+    assert open_run(tmp_path, "s", "d" * 12, has_work=False, read_by={"gate": None}) != first
 
 
 def test_a_cache_that_may_not_be_written_is_named(tmp_path):

@@ -7,10 +7,14 @@ import pytest
 
 from harness.errors import SuiteError
 from harness.outline import outline
+from harness.plan import make_plan
+from harness.policy import load_policy
 from harness.schema import NOT_AVAILABLE_KEYS, NOT_AVAILABLE_VALUES
+from harness.store import Store
 from harness.suite import load_suite
 
 REPOSITORY = Path(__file__).parent.parent
+SUITES = sorted(path for path in REPOSITORY.glob("suites/**/*.toml") if path.parent.name != "gates")
 
 
 def mistakes_of(path: Path, text: str) -> list[str]:
@@ -22,7 +26,12 @@ def mistakes_of(path: Path, text: str) -> list[str]:
     return [line.removeprefix(f"{path}: ") for line in lines]
 
 
-@pytest.mark.parametrize("suite", sorted(REPOSITORY.glob("suites/**/*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("policy", sorted(REPOSITORY.glob("suites/gates/*.toml")), ids=lambda p: p.stem)
+def test_the_policies_of_the_repository_are_legal(policy):
+    assert load_policy(policy).task
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=lambda p: p.stem)
 def test_the_suites_of_the_repository_are_legal(suite):
     assert load_suite(suite).variants[0].method == "bf16"
 
@@ -179,7 +188,6 @@ def test_five_mistakes_are_five_lines_with_key_found_allowed_and_nearest(tiny_su
         ("batch_size = 8 }", "batch_size = 0 }", r"engine\.args\.batch_size: found 0; allowed: a positive integer"),
         ('loss_on = "assistant"', "", r"training\.loss_on: missing; it is required"),
         ("schema = 1", "schema = 2", r"schema: found 2; Allowed: 1|schema: found 2"),
-        ("[diagnostics]", "[gate]\n[diagnostics]", r"gate: release gates: not available in this version"),
         ("[data.text]", '[data.spare]\nsource = "builtin"\n[data.text]', r"data\.spare: nothing uses it"),
         ('path = "', 'revision = "main"\npath = "', r"model\.revision: found 'main'.*40 hex digits"),
         ("lr = 1e-3", "lr = 1e-3\nseed = 99999999999999999999", r"training\.seed: found 99999999999999999999; .*less than"),
@@ -222,6 +230,16 @@ def test_five_mistakes_are_five_lines_with_key_found_allowed_and_nearest(tiny_su
             r"quantization\.scale_multiplier: found 0\.5; .*equal to 1",
         ),
         (
+            'name = "mini_choice"',
+            'name = "mini_choice"\nsampling = { max_tokens = 8 }',
+            r"task\[1\]\.sampling: has no effect on mini_choice, which compares likelihoods; remove it",
+        ),
+        (
+            'name = "mini_math"',
+            'name = "mine"\npath = "tasks/mine.yaml"',
+            rf"task\[0\]\.path: tasks/mine.yaml: there is no such file or folder; looked for {re.escape(str(Path.cwd()))}/tasks/mine.yaml \(a relative",
+        ),
+        (
             "samples = 8 }",
             "samples = 8, skip_first_token = true }\nactivations = false",
             r"variant\[1\]: quantization\.calibration\.skip_first_token: has no effect",
@@ -250,6 +268,40 @@ def test_repeats_of_a_greedy_task_are_accepted_with_a_temperature(tiny_suite):
         tiny_suite.read_text().replace("limit = 8", "limit = 8\nrepeats = 2\nsampling = { temperature = 0.6 }", 1)
     )
     assert load_suite(tiny_suite).tasks[0].repeats == 2
+
+
+@pytest.mark.parametrize(
+    ("sampling", "said"),
+    [
+        ('protocol = "qad-paper"', "length of answers: 32 tokens, as the task's own file says"),
+        ('protocol = "qad-paper"\nmax_tokens = 99', None),
+        ('protocol = "open-r1"', None),
+    ],
+)
+def test_plan_says_whose_length_of_answers_holds_where_a_protocol_is_silent(tiny_suite, sampling, said):
+    tiny_suite.write_text(tiny_suite.read_text().replace("[engine]", f"[sampling]\n{sampling}\n\n[engine]"))
+    (line,) = [line for line in outline(tiny_suite) if "protocol" in line]
+    assert line.startswith("mini_math: protocol")
+    assert line.endswith(said) if said else "length of answers:" not in line
+
+
+def test_plan_names_the_keys_that_are_not_set_here(tiny_suite, monkeypatch):
+    text = tiny_suite.read_text()
+    for name in ("bf16", "ptq"):
+        text = text.replace(
+            f'method = "{name}"\n',
+            f'method = "{name}"\nendpoint = {{ url = "http://h:1/v1", model = "{name}", api_key_env = "KEY_OF_H" }}\n',
+        )
+    text = text[: text.index("[training]")] + text[text.index("[[variant]]") :]
+    for name in ("qat", "qad"):
+        text = text.replace(f'[[variant]]\nname = "{name}"\nmethod = "{name}"\n', "")
+    text = text[: text.index("[engine]")] + '[engine]\nkind = "server"\n'
+    tiny_suite.write_text(text)
+    wanted = "KEY_OF_H is not set here; harness run needs the key in it"
+    monkeypatch.delenv("KEY_OF_H", raising=False)
+    assert outline(tiny_suite).count(wanted) == 1
+    monkeypatch.setenv("KEY_OF_H", "secret")
+    assert wanted not in outline(tiny_suite)
 
 
 def test_a_wrong_data_set_is_named_although_a_later_variant_names_another(tiny_suite):
@@ -339,3 +391,41 @@ def test_block_scales_without_a_trained_variant_have_no_effect_and_are_refused(t
     text = re.sub(r'\[\[variant\]\]\nname = "qa[td]"\nmethod = "qa[td]"\n', "", tiny_suite.read_text())
     text = re.sub(r"\[training\][^\[]*", "", text).replace("[quantization]", '[quantization]\nblock_scales = "frozen"')
     assert mistakes_of(tiny_suite, text) == ["quantization.block_scales: has no effect: no variant is trained; remove it"]
+
+
+GATE = """
+[gate]
+kernels = ["w4a4_emulation"]
+candidate = "ptq"
+task = [{ name = "mini_math", margin = 3.0, tier = "critical" }]
+[reference]
+source = "a paper"
+band = 2.0
+figure = [{ variant = "bf16", task = "mini_math", value = 60.0 }]
+"""
+
+
+def test_a_gate_and_published_figures_change_no_stage(tiny_suite, tmp_path):
+    before = make_plan(load_suite(tiny_suite), Store(tmp_path))
+    tiny_suite.write_text(tiny_suite.read_text() + GATE)
+    suite = load_suite(tiny_suite)
+    assert suite.gate.task[0].margin == 3.0 and suite.reference.figure[0].value == 60.0
+    assert [stage.key for stage in make_plan(suite, Store(tmp_path)).stages] == [stage.key for stage in before.stages]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('candidate = "ptq"', 'candidate = "ptqs"', r'gate.candidate: no variant "ptqs"; did you mean ptq\?'),
+        ('candidate = "ptq"', "kernels_allowed = 3", r"gate.kernels_allowed: unknown key; did you mean kernels"),
+        ("margin = 3.0", "margin = -3.0", r"gate.task\[0\].margin: .*greater than 0"),
+        ("margin = 3.0", "margin = 300.0", r"gate.task\[0\].margin: .*less than or equal to 100"),
+        ('"critical"', '"advisory"', r'gate: .*none is "critical", so nothing could ever be GO'),
+        ('kernels = ["w4a4_emulation"]', "", r"gate.kernels: missing"),
+        ('variant = "bf16"', 'variant = "fp16"', r'reference.figure\[0\].variant: no variant "fp16"; did you mean bf16\?'),
+    ],
+)
+def test_a_mistake_in_a_gate_is_named(tiny_suite, old, new, message):
+    tiny_suite.write_text(tiny_suite.read_text() + GATE.replace(old, new))
+    with pytest.raises(SuiteError, match=message):
+        load_suite(tiny_suite)
