@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from harness.alike import alike_notes
+from harness.noise_floor import noise_notes
 from harness.pairs import scale_notes
 
 SMALL_MODEL_WEIGHTS = 1_000_000_000
-_FLAGS = {
+FLAGS = {
     "imported": "scored by another tool and imported; which weights and kernels answered is not proven",
     "unverified": "from an endpoint that was given; which weights and kernels answered is not proven",
     "kernels unverified": "which kernels the server computed with is not proven",
@@ -47,9 +49,18 @@ def table_notes(table: dict[str, Any], names: list[str]) -> list[str]:
             f"{pair['n_sequences']} {pair['unit']}{in_errors})."
         )
     notes += scale_notes(table["scale_rules"], mean_kl(table))
+    notes += noise_notes(table["noise_floors"])
     notes += _seed_notes(table["seed_groups"]) + _selection_notes(rows)
     notes += _flag_notes(rows)
-    notes += _judge_notes(rows) + _kernel_notes(rows) + _missing_notes(rows) + _incomplete_notes(rows) + _training_notes(rows)
+    notes += alike_notes(table.get("scored_alike") or [])
+    notes += (
+        _judge_notes(rows)
+        + _engine_notes(table)
+        + _kernel_notes(rows)
+        + _missing_notes(rows)
+        + _incomplete_notes(rows)
+        + _training_notes(rows)
+    )
     return notes
 
 
@@ -137,7 +148,7 @@ def _flag_notes(rows: list[dict[str, Any]]) -> list[str]:
             for flag in task["flags"] or ():
                 by_flag.setdefault(flag, {}).setdefault(name, []).append(row["variant"])
     found = [(flag, "; ".join(f"{name} of {', '.join(who)}" for name, who in tasks.items())) for flag, tasks in by_flag.items()]
-    return [f"‡ {which}: {_FLAGS.get(flag, flag)}." for flag, which in found]
+    return [f"‡ {which}: {FLAGS.get(flag, flag)}." for flag, which in found]
 
 
 def _judge_notes(rows: list[dict[str, Any]]) -> list[str]:
@@ -155,6 +166,21 @@ def _judge_notes(rows: list[dict[str, Any]]) -> list[str]:
         bad = [f"{name} {j['n_unparsable']} of {j['n_asked']}" for name, j in judged if j["n_unparsable"]]
         notes.append(f"{who}" + (f"; verdicts that are none, so not scored: {', '.join(bad)}." if bad else "."))
     return notes
+
+
+def _engine_notes(table: dict[str, Any]) -> list[str]:
+    """Which engine answered, where any task was asked here."""
+    engine = table.get("engine")
+    if engine is None or all(_is_imported(task) for row in table["rows"] for task in row["tasks"].values()):
+        return []
+    versions = [f"{name} {version}" for name, version in engine["versions"].items()]
+    named = ", ".join(versions if engine["kind"] == "vllm" and versions else [engine["kind"], *versions])
+    args = ", ".join(f"{key} {value}" for key, value in engine["args"].items())
+    return [f"Engine: {named}{f' ({args})' if args else ''}."]
+
+
+def _is_imported(task: dict[str, Any]) -> bool:
+    return "imported" in (task["flags"] or ())
 
 
 def _kernel_notes(rows: list[dict[str, Any]]) -> list[str]:
@@ -184,7 +210,8 @@ def _by_kernel(rows: list[dict[str, Any]], part: str) -> str:
     """Variants by the kernel of one class of module; a BF16 cache is what everyone has and is not listed."""
     by_kernel: dict[str, list[str]] = {}
     for row in rows:
-        measured = [found["kernels"].get(part) for found in (*row["tasks"].values(), row["diagnostics"]) if found]
+        asked = [task for task in row["tasks"].values() if not _is_imported(task)]
+        measured = [found["kernels"].get(part) for found in (*asked, row["diagnostics"]) if found]
         for kernel in dict.fromkeys(measured):
             if kernel is not None and not (part == "kv_cache" and kernel == "bf16"):
                 by_kernel.setdefault(kernel, []).append(row["variant"])

