@@ -44,8 +44,18 @@ def gives_answers(name: str, path: object = None) -> bool | None:
 
 
 def metadata_of(name: str) -> dict[str, Any]:
-    """The metadata of one of our tasks: version, chat, primary, publishable, judge, dataset. Empty for other tasks."""
+    """The metadata of one of our tasks: version, chat, images, primary, publishable, judge, dataset. Empty for other tasks."""
     return dict(config_of(name).get("metadata") or {}) if is_ours(name) else {}
+
+
+def asks_about_pictures(name: str) -> str | None:
+    """Why one of our tasks cannot be asked of a model of text, and what to do; None where it can, or the task is not ours."""
+    if metadata_of(name).get("images") is not True:
+        return None
+    return (
+        'asks about pictures, and a model of kind "text" is given none; remove it, or ask it with plain lm-eval '
+        "(--model hf-multimodal --include_path harness/tasks)"
+    )
 
 
 def dataset_digests(dataset: str, store: Store) -> dict[str, str] | None:
@@ -86,16 +96,17 @@ def _named_by(path: Path) -> list[Path]:
     found = [path]
     for module in re.findall(r"!function\s+([\w.]+)\.\w+", text):
         found.append(path.parent / f"{module.replace('.', '/')}.py")
-    found += [Path(each) for each in _strings((config.get("dataset_kwargs") or {}).get("data_files"))]
-    for included in _strings(config.get("include")):
+    found += [Path(each) for each in strings_in((config.get("dataset_kwargs") or {}).get("data_files"))]
+    for included in strings_in(config.get("include")):
         if (path.parent / included).is_file():
             found += _named_by(path.parent / included)
     return [file for file in dict.fromkeys(found) if file.is_file()]
 
 
-def _strings(value: Any) -> list[str]:
+def strings_in(value: Any) -> list[str]:
+    """The texts in a value of a task file, lists and tables within it included."""
     if isinstance(value, dict):
-        return [each for part in value.values() for each in _strings(part)]
+        return [each for part in value.values() for each in strings_in(part)]
     if isinstance(value, list | tuple):
-        return [each for part in value for each in _strings(part)]
+        return [each for part in value for each in strings_in(part)]
     return [value] if isinstance(value, str) else []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
+from functools import cache
 
 from harness.stats import INVALID
 
@@ -20,18 +21,13 @@ _MARKUP = re.compile(
     r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|boldsymbol|bf|rm)(?![A-Za-z])|\\?\$|[{}*_`]"
 )
 
-_ONE_LETTER = (
-    r"(?:\([ \t]{0,9}([A-Da-d])[ \t]{0,9}\)"
-    r"|([B-D])(?![\w'-])"
-    r"|(A)(?![\w'-])(?![ \t]+(?!(?:is|because|since|as)\b)[a-z])"  # not the article: "Answer: A catalyst …"
-    r"|([a-d])(?=[ \t]{0,9}[).]?[ \t]{0,9}$))"
+_STATING = r"(?:\\(?:boxed|fbox)\s*|(?i:\b(?:answers?|option|choice)\s*(?::|=|\bis\b))[\s:]*)(?i:(?:option|choice)\s*)?"
+_LINE_BEGINS = r"(?i:(?:the\s+)?(?:(?:correct|final|best)\s+)?(?:answer|option|choice)\s+)?"
+_WORDS = "AI"
+"""Letters that are words too, the article and the pronoun: where they stand before a word, they name no option."""
+_ANSWER_LINE = re.compile(
+    r"\W*(?:the\s+)?(?:(?:final|correct)\s+)?answer(?:\s+is\b|\s*:)\W*?(?P<answer>[^\s*_`:].*)", re.IGNORECASE
 )
-_STATED = re.compile(
-    r"(?:\\(?:boxed|fbox)\s*|(?i:\b(?:answers?|option|choice)\s*(?::|=|\bis\b))[\s:]*)(?i:(?:option|choice)\s*)?" + _ONE_LETTER,
-    re.MULTILINE,
-)
-_LAST_LINE = re.compile(r"(?i:(?:the\s+)?(?:(?:correct|final|best)\s+)?(?:answer|option|choice)\s+)?\(?([A-D])(?:[).:,]|$)")
-_PARENTHESISED = re.compile(r"\(([A-D])\)")
 
 _THOUSANDS = re.compile(r"(?<=\d)(?:\\,|\\!|,\\!|\{,\})(?=\d{3}(?!\d))")
 _SPACED_THOUSANDS = re.compile(r"(?<=\d)[ \u00a0\u202f](?=\d{3}(?!\d))")
@@ -88,18 +84,36 @@ def extract_number(text: str) -> str:
     return INVALID if value is None else plain(value)
 
 
-def extract_letter(text: str) -> str:
-    r"""One of A to D: what the last `\boxed{C}`, "Answer: C" or "the answer is (C)" says; else the last line; else the last "(C)"."""
+def extract_letter(text: str, letters: str = "ABCD") -> str:
+    r"""One of `letters`: what the last `\boxed{C}`, "Answer: C" or "the answer is (C)" says; else the last line; else the last "(C)"."""
+    stated_letter, last_line, parenthesised = _letter_patterns(letters)
     bare = _MARKUP.sub(lambda match: " " * len(match[0]), text)
-    stated = _STATED.findall(bare)
+    stated = stated_letter.findall(bare)
     if stated:
         return "".join(stated[-1]).upper()
     lines = [stripped for line in bare.splitlines() if (stripped := line.strip(" \t#>-"))]
-    last = _LAST_LINE.match(lines[-1]) if lines else None
+    last = last_line.match(lines[-1]) if lines else None
     if last:
         return last[1]
-    parenthesised = _PARENTHESISED.findall(bare)
-    return parenthesised[-1] if parenthesised else INVALID
+    found = parenthesised.findall(bare)
+    return found[-1] if found else INVALID
+
+
+def stated_answer(text: str) -> str:
+    r"""A short answer: the last `\boxed{}` without its markup; else the last line after "Answer:" or "The answer is"; else the whole.
+
+    Less what only marks it: asterisks and backticks around it, and behind "Answer:" and in a box a full stop. "[invalid]" for none.
+    """
+    content = last_box(text)
+    lines = [line for line in text.splitlines() if line.strip()]
+    said = _ANSWER_LINE.fullmatch(lines[-1].strip()) if lines else None
+    if content is not None:
+        answer = _without_markup(content.replace(r"\%", "%")).strip().removesuffix(".")
+    elif said is not None:
+        answer = said["answer"].strip("*`_ ").removesuffix(".")
+    else:
+        answer = text
+    return answer.strip().strip("*`").strip() or INVALID
 
 
 def whole_number(text: str) -> Decimal | None:
@@ -114,6 +128,24 @@ def plain(value: Decimal) -> str:
     text = f"{value:f}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return "0" if text == "-0" else text
+
+
+@cache
+def _letter_patterns(letters: str) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
+    """How a response names one of `letters`: states it, begins its last line with it, has it in parentheses."""
+    words, others = ("".join(c for c in letters if (c in _WORDS) is is_word) for is_word in (True, False))
+    either, lower = letters + letters.lower(), letters.lower()
+    one = (
+        rf"(?:\([ \t]{{0,9}}([{either}])[ \t]{{0,9}}\)"
+        rf"|([{others}])(?![\w'-])"
+        rf"|([{words}])(?![\w'-])(?![ \t]+(?!(?:is|because|since|as)\b)[a-z])"  # not the article: "Answer: A catalyst …"
+        rf"|([{lower}])(?=[ \t]{{0,9}}[).]?[ \t]{{0,9}}$))"
+    )
+    return (
+        re.compile(_STATING + one, re.MULTILINE),
+        re.compile(rf"{_LINE_BEGINS}\(?([{letters}])(?:[).:,]|$)"),
+        re.compile(rf"\(([{letters}])\)"),
+    )
 
 
 def _closing_braces(text: str) -> dict[int, int]:

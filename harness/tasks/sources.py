@@ -55,16 +55,21 @@ def load_rows(wanted: RowSet, *, n_rows: int | None) -> tuple[list[dict[str, Any
         files = mirrored_files(wanted, mirror)
         rows = [row for path in files for row in _checked(file_rows(path), wanted.columns, str(path))]
         where = f"{', '.join(str(path) for path in files)}"
-        origin = _mirror_origin(wanted, mirror, files)
+        origin = mirror_origin(wanted, mirror, files)
     else:
         where = origin = f"hub {wanted.path} at {wanted.revision or 'its newest revision'}"
         rows = list(_checked(_hub_rows(wanted), wanted.columns, where))
-    if not rows or n_rows not in (None, len(rows)):
+    require_whole(len(rows), wanted, n_rows=n_rows, where=where)
+    return rows, origin
+
+
+def require_whole(found: int, wanted: RowSet, *, n_rows: int | None, where: str) -> None:
+    """DataError if there is no row, or another number of rows than the set is known to have."""
+    if found == 0 or n_rows not in (None, found):
         raise DataError(
-            f"{where}: {len(rows)} rows; {wanted.path}{f' ({wanted.subset})' if wanted.subset else ''} has {n_rows or 'some'}. "
+            f"{where}: {found} rows; {wanted.path}{f' ({wanted.subset})' if wanted.subset else ''} has {n_rows or 'some'}. "
             "Get the whole set: a score of other questions would bear the same name"
         )
-    return rows, origin
 
 
 def as_dataset(docs: Sequence[Mapping[str, Any]], origin: str) -> datasets.Dataset:
@@ -94,14 +99,15 @@ def mirrored_files(wanted: RowSet, mirror: Path) -> list[Path]:
     return found
 
 
-def _mirror_origin(wanted: RowSet, mirror: Path, files: list[Path]) -> str:
+def mirror_origin(wanted: RowSet, mirror: Path, files: list[Path]) -> str:
+    """What is said of rows from the mirror: the revision that it declares, the files and their digests; DataError for another revision."""
     declared = mirror / "revision.txt"
     revision = declared.read_text().strip() if declared.is_file() else None
     if revision and wanted.revision and revision != wanted.revision:
         raise DataError(
             f"{declared}: the mirror holds {wanted.path} at {revision}, the task is defined on {wanted.revision}; get that commit"
         )
-    digests = ", ".join(f"{path.name} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files)
+    digests = ", ".join(f"{path.name} sha256 {_digest(path)}" for path in files)
     return f"mirror {wanted.path}, {f'at {revision}' if revision else 'revision unknown'}, {digests}"
 
 
@@ -119,10 +125,20 @@ def _hub_rows(wanted: RowSet) -> Iterator[dict[str, Any]]:
         ) from error
 
 
+def checked_row(row: dict[str, Any], columns: tuple[str, ...], where: str) -> dict[str, Any]:
+    """The columns of a row; DataError if one is missing or has no value. where: the file and the number of the row."""
+    for column in columns:
+        if row.get(column) is None or row[column] == "":
+            what = f"no column {column!r}" if column not in row else f"no value of {column!r}"
+            raise DataError(f"{where} has {what}; it has: {', '.join(sorted(map(str, row)))}")
+    return {column: row[column] for column in columns}
+
+
 def _checked(rows: Iterator[dict[str, Any]], columns: tuple[str, ...], where: str) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
-        for column in columns:
-            if row.get(column) is None or row[column] == "":
-                what = f"no column {column!r}" if column not in row else f"no value of {column!r}"
-                raise DataError(f"{where}: row {number} has {what}; it has: {', '.join(sorted(map(str, row)))}")
-        yield {column: row[column] for column in columns}
+        yield checked_row(row, columns, f"{where}: row {number}")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
