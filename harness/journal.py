@@ -34,6 +34,7 @@ class Journal:
         name = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
         self.path = folder / str(protocol["weights"])[:16] / str(protocol["task"]) / f"{name}.jsonl"
         self._answers: dict[tuple[str | None, str], Answer | Likelihood] = {}
+        self.n_written = self.n_tokens_written = 0  # responses of this process, and the tokens that they generated
 
     def __enter__(self) -> Self:
         with disk_errors(f"the journal {self.path}"):
@@ -81,6 +82,8 @@ class Journal:
             lines.append(json.dumps(row, allow_nan=False) + "\n")
             if not isinstance(outcome, Failure):
                 self._answers[batch, identity(request)] = outcome
+                self.n_written += 1
+                self.n_tokens_written += len(outcome.token_ids) if isinstance(outcome, Answer) else 0
         with disk_errors(f"the journal {self.path}"):
             self._put("".join(lines).encode())
 

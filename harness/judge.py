@@ -99,39 +99,16 @@ def judge_answers(
         name = f"{task}, question {candidate.doc}: its answer and the judge's prompt around it"
         require_fit(name, len(request.token_ids), max_tokens, engine.context_length)
     distinct = list({request.hash: request for request in requests}.values())
-    protocol = {
-        "weights": weights,
-        "task": "judge",
-        "prompt": prompt_hash(),
-        "kernels": engine.kernels,
-        "numerics": versions()["judge"],
-        "packages": package_versions(PACKAGES["judge"]),
-        "device": device_kind(),
-        **engine.protocol,
-    }
     began = time.monotonic()
-    with Journal(journals, protocol) as journal:
+    with Journal(journals, _protocol(engine, weights)) as journal:
         outcomes = answer_requests(_OneByOne(engine), journal, distinct, on_progress)
     by_hash = {request.hash: outcome for request, outcome in zip(distinct, outcomes, strict=True)}
     pairs = iter(requests)
     found = [_judged(row, next(pairs), by_hash, thinking) if row["candidate"] else _without_candidate(row) for row in rows]
-    missing = [row["missing"] for row in found if row["missing"] is not None]
+    about = _about(found, engine, journal, weights=weights, n_asked=len(asked), n_distinct=len(distinct))
+    about["seconds_answering"] = time.monotonic() - began
     unparsable = [row for row in found if row["verdict"] == UNPARSABLE]
-    about: dict[str, Any] = {
-        "prompt": prompt_hash(),
-        "weights": weights,
-        "engine": engine.protocol,
-        "kernels": engine.kernels,
-        "flags": list(engine.flags),
-        "journal": f"{journal.path.parent.parent.name}/{journal.path.parent.name}/{journal.path.name}",
-        "n_asked": len(asked),
-        "n_distinct": len(distinct),
-        "n_unparsable": len(unparsable),
-        "n_missing": len(missing),
-        "missing_reasons": sorted(set(missing))[:5],
-        "seconds_answering": time.monotonic() - began,
-    }
-    _require_verdicts(task, unparsable, len(asked) - len(missing), about["journal"])
+    _require_verdicts(task, unparsable, len(asked) - about["n_missing"], about["journal"])
     return Judgement(found, about)
 
 
@@ -162,6 +139,40 @@ def with_verdicts(answers: Sequence[dict[str, Any]], verdicts: Sequence[dict[str
 def value_of(judged: dict[str, Any]) -> float | None:
     """The metric of one sample: 1 for CORRECT, 0 for INCORRECT and for answers that are wrong unasked, else missing."""
     return 0.0 if judged["unasked"] in _WRONG_UNASKED else _VALUES.get(judged["verdict"])
+
+
+def _protocol(engine: Engine, weights: str) -> dict[str, Any]:
+    """What verdicts depend on beside their prompts: they are found again where it is the same."""
+    return {
+        "weights": weights,
+        "task": "judge",
+        "prompt": prompt_hash(),
+        "kernels": engine.kernels,
+        "numerics": versions()["judge"],
+        "packages": package_versions(PACKAGES["judge"]),
+        "device": device_kind(),
+        **engine.protocol,
+    }
+
+
+def _about(
+    found: Sequence[dict[str, Any]], engine: Engine, journal: Journal, *, weights: str, n_asked: int, n_distinct: int
+) -> dict[str, Any]:
+    """Who judged by what, and how many verdicts came to nothing."""
+    missing = [row["missing"] for row in found if row["missing"] is not None]
+    return {
+        "prompt": prompt_hash(),
+        "weights": weights,
+        "engine": engine.protocol,
+        "kernels": engine.kernels,
+        "flags": list(engine.flags),
+        "journal": f"{journal.path.parent.parent.name}/{journal.path.parent.name}/{journal.path.name}",
+        "n_asked": n_asked,
+        "n_distinct": n_distinct,
+        "n_unparsable": sum(row["verdict"] == UNPARSABLE for row in found),
+        "n_missing": len(missing),
+        "missing_reasons": sorted(set(missing))[:5],
+    }
 
 
 def _unjudged(question: Question, row: dict[str, Any], thinking: Thinking | None) -> dict[str, Any]:

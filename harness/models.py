@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import ModelError
+from harness.hub import reading_hub
 from harness.schema import Model
 from harness.store import Store
 
@@ -37,7 +38,8 @@ class Source:
 
 
 def resolve_model(model: Model, store: Store) -> Source:
-    """Find the model of a suite without reading its weights more than once; ModelError if it is nowhere."""
+    """Find the model of a suite without reading its weights more than once; ModelError if it, or the mirror itself, is nowhere."""
+    mirror_root()
     if model.path.startswith("package:"):
         if model.trust_remote_code:
             raise ModelError(f"model.trust_remote_code: has no effect with {model.path}: a GGUF file brings no code; remove it")
@@ -47,7 +49,7 @@ def resolve_model(model: Model, store: Store) -> Source:
         if model.revision is not None:
             raise ModelError(f"model.revision: {folder} is a local folder, its files identify it; remove revision")
         return Source(folder, None, folder_fingerprint(folder, store), f"folder {folder}")
-    if model.path.count("/") != 1 or model.path.startswith((".", "/", "~")):
+    if not is_hub_id(model.path):
         raise ModelError(
             f"model.path: {model.path}: no such folder; give a folder, a hub id (org/name) or package:<package>/<file>"
         )
@@ -82,7 +84,8 @@ def download(model: Model) -> Path:
     try:
         left_out = {".gguf"} if model.trust_remote_code else {".gguf", ".py"}
         patterns = [f"*{suffix}" for suffix in _WEIGHT_SUFFIXES if suffix not in left_out]
-        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns))
+        with reading_hub():
+            return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
@@ -101,9 +104,30 @@ def checkpoint_source(path: str, store: Store) -> Source:
 
 def mirror_folder(name: str) -> Path | None:
     """The folder of `<org>/<name>` in the mirror, or None."""
-    mirror = os.environ.get("HARNESS_MIRROR")
-    folder = Path(mirror).expanduser() / name if mirror else None
+    mirror = mirror_root()
+    folder = mirror / name if mirror is not None else None
     return folder if folder is not None and folder.is_dir() else None
+
+
+def mirror_root() -> Path | None:
+    """The mirror, or None without one; ModelError where HARNESS_MIRROR names no folder, which would pass for an empty mirror."""
+    mirror = os.environ.get("HARNESS_MIRROR")
+    if not mirror:
+        return None
+    folder = Path(mirror).expanduser()
+    if not folder.is_dir():
+        raise ModelError(f"HARNESS_MIRROR is set to {mirror}: there is no such folder; unset it, or name one that is there")
+    return folder
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether it reads as `<org>/<name>`; a folder of that name may lie here all the same."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~", "package:"))
+
+
+def public_name(path: str) -> str:
+    """A path as something that is published may say it: an id of the hub whole, of a place on this machine the last part."""
+    return path if is_hub_id(path) and not Path(path).exists() else Path(path).name
 
 
 def folder_fingerprint(folder: Path, store: Store) -> str:

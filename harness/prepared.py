@@ -39,7 +39,8 @@ class Question:
 class Ask:
     """One request of a question: `index` counts what lm-eval asks of it, `part` the windows of one long text.
 
-    stops: strings that end the answer; they are looked for after the thinking, where there is any.
+    stops: strings that end the answer; they are looked for after the thinking, where there is any. option: the text behind the prompt
+    whose likelihood is asked, to be shown; None of a generated answer, and of a text that is scored whole.
     """
 
     doc: int
@@ -50,6 +51,7 @@ class Ask:
     continuation: tuple[int, ...] | None = None
     sampling: Sampling | None = None
     stops: tuple[str, ...] = ()
+    option: str | None = None
 
     @property
     def room(self) -> int:

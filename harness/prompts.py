@@ -19,9 +19,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from harness.engines import Sampling
 from harness.errors import TaskError
-from harness.evaluate import known_random_state, load_tasks, metric_names
+from harness.evaluate import known_random_state, load_tasks, metric_names, runs_code
 from harness.prepared import Ask, Prepared, Question, plain, question_digest
-from harness.task_files import is_ours
+from harness.task_files import asks_about_pictures, is_ours
 from harness.task_settings import ResolvedTask
 
 DEFAULT_MAX_TOKENS = 256
@@ -39,6 +39,8 @@ def prepare(asking: ResolvedTask, tokenizer: Any, model: Path) -> Prepared:
     Raises:
         TaskError: no such task, one that needs images or runs code, data that cannot be read, options that no engine here has.
     """
+    if asking.path is None and (refusal := asks_about_pictures(asking.name)) is not None:
+        raise TaskError(f"task {asking.name}: {refusal}")  # before its data are read
     renderer = _Renderer(tokenizer, asking)
     metadata = {"pretrained": str(model), "tokenizer": str(model), **asking.metadata}
     questions: list[Question] = []
@@ -93,12 +95,9 @@ def _draws(tasks: dict[str, Task], questions: list[Question], ask: Ask) -> int:
 def _require_askable(task: Task) -> None:
     name = task.config.task
     if getattr(task, "UNSAFE_CODE", False):
-        raise TaskError(
-            f"task {name}: runs code that a model wrote, which needs a sandbox that is not here; score it elsewhere and bring the "
-            "results with `harness import`"
-        )
+        raise runs_code(str(name))
     if getattr(task, "MULTIMODAL", False):
-        raise TaskError(f"task {name}: needs images or sound, which are not available in this version")
+        raise TaskError(f"task {name}: needs images or sound, which no model of this version is given")
 
 
 def _documents(task: Task, notes: list[str]) -> list[dict[str, Any]]:
@@ -288,7 +287,11 @@ class _Renderer(TemplateLM):
             self._pairs = []
             self.loglikelihood([instance], disable_tqdm=True)
             pairs = self._pairs
-        return [Ask(doc, instance.idx, i, text, tuple(context), tuple(rest)) for i, (context, rest) in enumerate(pairs)]
+        option = instance.args[1] if len(instance.args) > 1 else None
+        return [
+            Ask(doc, instance.idx, i, text, tuple(context), tuple(rest), option=option)
+            for i, (context, rest) in enumerate(pairs)
+        ]
 
     def _sampling(self, task: str, options: dict[str, Any]) -> tuple[Sampling, tuple[str, ...]]:
         """Complete sampling parameters, and the strings that end an answer: the suite's word before the task's."""

@@ -1,4 +1,4 @@
-"""Published ways to sample, by name. Data only; what a source does not say is left to the suite.
+"""Published ways to sample, by name. Data only; what a source does not say is left to the suite, and then to the task's file.
 
 The paper is arXiv 2601.20088 (Nemotron models, quantization-aware distillation), the tasks of ours that it and the others evaluate.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Protocol:
-    """None: the source is silent, the suite has to say. repeats: answers a question, by task; 1 where the source is silent."""
+    """None: the source is silent, and what the suite says holds, else the task's own file. repeats: answers a question, by task; 1 where the source is silent."""
 
     source: str
     temperature: float

@@ -6,7 +6,9 @@ import importlib.util
 import os
 import platform
 import re
+import resource
 import subprocess
+import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -131,3 +133,9 @@ def _git() -> dict[str, Any] | None:
         return {"revision": ask("rev-parse", "HEAD"), "is_dirty": bool(ask("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import DataError
+from harness.hub import reading_hub
 from harness.models import mirror_folder
 from harness.schema_data import Hub, Jsonl
 from harness.store import Store
@@ -148,9 +149,10 @@ def _streamed(name: str, section: Hub) -> Iterator[dict[str, Any]]:
     import datasets
 
     try:
-        yield from datasets.load_dataset(
-            section.path, section.subset, split=section.split, revision=section.revision, streaming=True
-        )
+        with reading_hub():
+            yield from datasets.load_dataset(
+                section.path, section.subset, split=section.split, revision=section.revision, streaming=True
+            )
     except (OSError, ValueError) as error:  # what datasets raises without a network, and for unknown names and subsets
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(

@@ -107,7 +107,7 @@ def _endpoint_mistakes(endpoint: Endpoint) -> Iterator[tuple[str, str]]:
 
 
 def _variant_mistakes(variant: Variant, given: list[Variant], file: File) -> Iterator[str]:
-    same = next(other for other in given if _place(other) == _place(variant))
+    same = next(other for other in given if _place(other) == _place(variant) and not _is_null_of(variant, other))
     if same is not variant:
         yield f'the same server and model as of variant "{same.name}"; two variants are never answered by one model'
     if variant.seeds is not None and len(variant.seeds) > 1:
@@ -115,6 +115,12 @@ def _variant_mistakes(variant: Variant, given: list[Variant], file: File) -> Ite
     selects = variant.training.get("select", file.training.select if file.training is not None else None)
     if variant.method in ("qat", "qad") and selects == "best_of_k":
         yield 'serves one checkpoint, but select = "best_of_k" asks several; use "last" or "best_val"'
+
+
+def _is_null_of(one: Variant, other: Variant) -> bool:
+    """Whether two variants are one checkpoint, asked with other seeds."""
+    settings = [variant.model_dump(exclude={"name", "endpoint", "sampling_seed"}) for variant in (one, other)]
+    return settings[0] == settings[1] and one.sampling_seed != other.sampling_seed
 
 
 def _place(variant: Variant) -> tuple[str, str]:

@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.protocols import PROTOCOLS
-from harness.schema_evaluation import SamplingSettings, Thinking
-from harness.task_files import config_of, is_ours, known_tasks
+from harness.protocols import PROTOCOLS, Protocol
+from harness.schema_evaluation import SamplingSettings, Task, Thinking
+from harness.task_files import asks_about_pictures, config_of, gives_answers, is_ours, known_tasks
 
 if TYPE_CHECKING:
     from harness.mistakes import Mistakes
@@ -79,16 +79,25 @@ def resolve_tasks(file: File, suite: Path, mistakes: Mistakes) -> tuple[Resolved
         path = None if task.path is None else Path(task.path).expanduser()
         if path is not None and not path.exists():
             mistakes.add(
-                f"{where}.path", f"{path}: there is no such file or folder; give a YAML file of lm-eval's, or its folder"
+                f"{where}.path",
+                f"{path}: there is no such file or folder; looked for {path.absolute()} (a relative path is relative to the current "
+                "directory); give a YAML file of lm-eval's, or its folder",
             )
         if path is None and looks_mistyped(task.name):
             mistakes.add(f"{where}.name", f'unknown task "{task.name}"', near=(task.name, known_tasks()))
+        refusal = asks_about_pictures(task.name) if path is None and file.model.kind == "text" else None
+        if refusal is not None:
+            mistakes.add(f"{where}.name", f"{task.name} {refusal}")
         if is_ours(task.name) and path is None:
             for key in ("chat", "metadata"):
                 if getattr(task, key) not in (None, {}):
                     mistakes.add(f"{where}.{key}", f"has no effect on {task.name}, whose file says it; remove it")
         shared = _checked(file.sampling, "sampling", mistakes)
         own = _checked(task.sampling, f"{where}.sampling", mistakes)
+        if gives_answers(task.name, task.path) is False:
+            if own:
+                mistakes.add(f"{where}.sampling", f"has no effect on {task.name}, which compares likelihoods; remove it")
+            shared, own = {}, {}
         name = own.get("protocol", shared.get("protocol"))
         protocol = PROTOCOLS.get(name) if name else None
         sampling: dict[str, Any] = {}
@@ -111,7 +120,7 @@ def resolve_tasks(file: File, suite: Path, mistakes: Mistakes) -> tuple[Resolved
                 metadata=task.metadata,
                 thinking=file.model.thinking,
                 system_prompt=file.model.system_prompt,
-                default=None if protocol is None else f"{task.name}: protocol {name} ({protocol.source})",
+                default=None if protocol is None else _said_by(protocol, str(name), task, sampling),
             )
         )
     names = [task.name for task in file.task]
@@ -122,6 +131,15 @@ def resolve_tasks(file: File, suite: Path, mistakes: Mistakes) -> tuple[Resolved
     if not file.task and file.sampling is not None:
         mistakes.add("sampling", "has no effect: no task is asked; remove it")
     return tuple(found)
+
+
+def _said_by(protocol: Protocol, name: str, task: Task, sampling: dict[str, Any]) -> str:
+    """What `plan` says of a task that a protocol is asked by: also whose word holds where the protocol has none."""
+    said = f"{task.name}: protocol {name} ({protocol.source})"
+    if "max_tokens" in sampling:
+        return said
+    own = config_of(task.name)["generation_kwargs"]["max_gen_toks"] if task.path is None and is_ours(task.name) else None
+    return f"{said}; length of answers: {'what' if own is None else f'{own:,} tokens, as'} the task's own file says"
 
 
 def same_files(variants: list[str], tasks: tuple[ResolvedTask, ...]) -> list[str]:

@@ -27,7 +27,7 @@ def prepare(asked: ResolvedTask, tokenizer, folder="model") -> Prepared:
     return prompts.prepare(asked, tokenizer, folder)
 
 
-def evaluate(name, engine, journals, *, weights="w", prepared=None, **settings) -> Evaluated:
+def evaluate(name, engine, journals, *, weights="w", prepared=None, batch_plan=None, **settings) -> Evaluated:
     """Settings are those of a ResolvedTask, such as limit, repeats, sampling, thinking."""
     asked = task(name, **settings)
     prepared = prepared or prepare(asked, engine.tokenizer)
@@ -39,6 +39,7 @@ def evaluate(name, engine, journals, *, weights="w", prepared=None, **settings) 
         repeats=asked.repeats,
         sampling_seed=asked.seed,
         on_progress=lambda done, total: None,
+        batch_plan=batch_plan,
     )
     samples, result = evaluation.score_task(asked, prepared.about, prepared.questions, answers.rows, answers.about)
     return Evaluated(prepared, answers, samples, result)

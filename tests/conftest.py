@@ -22,6 +22,24 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 
+LONGEST_FIRST = (
+    "test_bench.py",
+    "test_quickstart_model.py",
+    "test_end_to_end.py",
+    "test_scale_suites.py",
+    "test_training_suite.py",
+    "test_vllm_server.py",
+    "test_ranks.py",
+    "test_resume.py",
+    "test_evaluation_kills.py",
+    "test_nightly.py",
+)
+"""Files whose single tests take a minute: begun last, they would keep one of two processes busy alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else len(LONGEST_FIRST))
+
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:

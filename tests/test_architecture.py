@@ -53,7 +53,7 @@ def test_the_core_needs_torch_transformers_and_safetensors_alone():
     ("package", "where"),
     [
         ("lm_eval", {"harness/evaluate.py", "harness/prompts.py"}),
-        ("tomllib", {"harness/suite.py"}),
+        ("tomllib", {"harness/toml_file.py"}),
         ("matplotlib", {"harness/plots.py"}),
         ("vllm", {"qad/_vllm.py", "harness/engines/vllm_worker.py"}),
     ],

@@ -548,9 +548,9 @@ def test_tokens_go_to_disk_and_not_to_memory(tmp_path):
     assert peak_of(lambda: [len(s) for s in StoredSequences(tmp_path, "train")]) < stored_bytes / 10
 
 
-def test_the_readme_lists_the_keys_of_every_source():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    listed = readme[readme.index("### Where text comes from") : readme.index("Mistakes in a suite")]
+def test_the_manual_lists_the_keys_of_every_source():
+    manual = (Path(__file__).parent.parent / "docs" / "suite.md").read_text()
+    listed = manual[manual.index("## Where text comes from") :]
     for source, section in SOURCES.items():
         assert f"| `{source}` |" in listed
         assert not [key for key in section.model_fields if f"`{key}" not in listed], source

@@ -61,7 +61,7 @@ def suite_with(tiny_suite, section: str, others: str = "") -> str:
             r"data\.text\.too_long: has no effect with text: a text is cut",
         ),
         (ROWS + "min_tokens = 300", "", r"data\.text\.min_tokens: found 300; allowed: at most seq_len = 256"),
-        (ROWS + "where = { subject = [] }", "", r"data\.text\.where\.subject: found \(\)"),
+        (ROWS + "where = { subject = [] }", "", r"data\.text\.where\.subject: found \[\]"),
         (ROWS + "max_failed = 2.0", "", r"data\.text\.max_failed: found 2\.0"),
         (ROWS + 'too_long = "cut"', "", r"data\.text\.too_long: found 'cut'\. Allowed: drop, truncate"),
         ('source = "hub"\npath = "gsm8k"\ntext = "t"', "", r"data\.text\.path: found 'gsm8k'"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from sample_runs import sample, write_run
 
 from harness import cli
 from harness.errors import HarnessError
@@ -61,12 +62,12 @@ def test_a_run_writes_everything_that_is_promised(finished):
     assert about["provenance"]["packages"]["torch"]
     assert {stage["label"] for stage in about["stages"]} >= {"data text", "calibrate", "quantize", "qat: train", "qad: train"}
     table = json.loads((run / "table.json").read_text())
-    assert [row["variant"] for row in table["rows"]] == ["bf16", "ptq", "qad", "qat"]
+    assert [row["variant"] for row in table["rows"]] == ["bf16", "ptq", "qat", "qad"]
     for row in table["rows"]:
         for name, primary in (("mini_math", "exact_match"), ("mini_choice", "acc")):
             task = row["tasks"][name]
             assert task["primary"] == primary
-            assert set(task["metrics"][primary]) == {"value", "stderr", "n_scored", "n_total", "unit"}
+            assert set(task["metrics"][primary]) == {"value", "stderr", "n_scored", "n_total", "unit", "higher_is_better"}
             assert task["metrics"][primary]["n_scored"] == 8
         for part in ("response", "all"):
             assert set(row["diagnostics"][part]) == {
@@ -84,8 +85,39 @@ def test_a_run_writes_everything_that_is_promised(finished):
         assert len(samples.splitlines()) == 8
     for name in ("qat", "qad"):
         assert all((run / "training" / f"{name}.{kind}").stat().st_size for kind in ("jsonl", "svg", "png"))
-    assert (run / "table.md").read_text().count("\n| ") == 6  # the head, the rule below it, four variants
+    scores, against = (run / "table.md").read_text().split("**Against bf16**")
+    assert scores.count("\n| ") == 6  # the head, the rule below it, four variants
+    assert against.count("\n| ") == 8  # three of them in two tasks
+    assert (run / "table.tex").read_text().count("\\midrule") == 2
     assert (run / "table.csv").read_text().splitlines()[0].startswith("variant,method,mini_math.value")
+
+
+def test_rows_say_which_way_is_better_and_which_engine_answered(finished):
+    rows = [json.loads(line) for line in (finished[2] / "tasks.jsonl").read_text().splitlines()]
+    better = {(row["task"], row["metric"]): row["higher_is_better"] for row in rows}
+    assert better == {
+        ("mini_math", "exact_match"): True,
+        ("mini_math", "unparsed"): False,
+        ("mini_choice", "acc"): True,
+    }
+    assert {row["engine"]["engine"] for row in rows} == {"hf"} and all(row["engine"]["packages"]["torch"] for row in rows)
+    assert {row["sampling_seed"] for row in rows} == {0}
+
+
+def test_scores_without_text_are_what_two_variants_are_compared_by(copied_run, monkeypatch, capsys):
+    shutil.rmtree(copied_run / "samples")
+    assert harness(monkeypatch, "compare", copied_run, "bf16", "ptq") == 0
+    assert "Compared all 2 tasks." in capsys.readouterr().out
+    scores = [json.loads(line) for line in (copied_run / "scores" / "ptq.mini_math.jsonl").read_text().splitlines()]
+    assert len(scores) == 8 and all(len(row["requests"][0]) == 64 and row["seeds"] == [None] for row in scores)
+
+
+def test_a_finished_run_that_lacks_scores_gets_them_when_the_suite_is_run_again(same_cache, monkeypatch):
+    suite, results, run, _ = same_cache
+    before = {path.name: path.read_bytes() for path in (run / "scores").iterdir()}
+    shutil.rmtree(run / "scores")
+    assert harness(monkeypatch, "run", suite, "--results", results) == 0
+    assert {path.name: path.read_bytes() for path in (run / "scores").iterdir()} == before and len(before) == 8
 
 
 def test_the_variants_relate_as_they_must(finished):
@@ -175,6 +207,7 @@ def test_results_that_were_scored_elsewhere_join_the_next_run_with_a_mark(same_c
     shown = (second / "table.md").read_text()
     assert "‡" in shown and "lcb of ptq: scored by another tool and imported" in shown
     assert json.loads((second / "run.json").read_text())["imported"][0]["tool"] == "nemo-skills"
+    assert len((second / "scores" / "ptq.lcb.jsonl").read_text().splitlines()) == 4
     assert all("Secret" not in path.read_text() for path in second.iterdir() if path.is_file())
 
 
@@ -429,7 +462,7 @@ def test_a_truncated_or_future_run_is_named_by_table(finished, tmp_path, monkeyp
     assert "schema 99, this version reads 1" in capsys.readouterr().err
     assert harness(monkeypatch, "table", tmp_path / "nowhere") == 2
     capsys.readouterr()
-    for text, message in (("{}", "schema None"), ('{"schema": 1}', "a record lacks 'variants'")):
+    for text, message in (("{}", "schema None"), ('{"schema": 1}', "lacks 'variants'")):
         (copy / "run.json").write_text(text)
         assert harness(monkeypatch, "table", copy) == 2
         assert message in capsys.readouterr().err
@@ -469,9 +502,18 @@ def test_ctrl_c_in_each_phase_is_status_130_and_keeps_what_was_finished(
     assert all((path / "stage.json").is_file() for path in kept)
     if phase == "train":
         assert len(kept) >= 8
+        (run,) = (tmp_path / "results" / "tiny").iterdir()
+        policy = tmp_path / "policy.toml"
+        policy.write_text(
+            'schema = 1\nkernels = ["w4a4_emulation"]\n[[task]]\nname = "mini_math"\nmargin = 3\ntier = "critical"\n'
+        )
+        assert harness(monkeypatch, "advise", run, "--policy", policy) == 3
+        advice = capsys.readouterr().out
+        assert "of the first 8 questions only (limit)" in advice and "unfinished" not in advice
 
 
-def test_a_real_sigint_ends_the_process_with_130_and_the_next_run_finishes(tiny_suite, text_at_hand, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_real_signal_ends_the_process_with_130_and_the_next_run_finishes(number, tiny_suite, text_at_hand, tmp_path):
     text_at_hand()
     text = tiny_suite.read_text()
     for name in ("qat", "qad"):
@@ -482,12 +524,17 @@ def test_a_real_sigint_ends_the_process_with_130_and_the_next_run_finishes(tiny_
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     for line in process.stdout:
         if "ptq: mini_math" in line:  # the stage after quantize, which is stored by now
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             break
     _, errors = process.communicate()
     assert process.returncode == 130, errors
-    assert "interrupted;" in errors
+    assert (
+        errors.strip().splitlines()[-1]
+        == "interrupted; finished stages and responses are kept, the same command goes on from them"
+    )
     assert "Traceback" not in errors
+    (record,) = (tmp_path / "results" / "tiny").glob("*/run.json")
+    assert json.loads(record.read_text())["status"] != "complete"
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "quantize:" not in done.stdout
@@ -596,6 +643,30 @@ def test_the_scored_checkpoint_is_exported_in_either_layout(same_cache, monkeypa
     assert not (tmp_path / "qad" / "training.jsonl").exists()
 
 
+def test_a_card_is_written_into_a_copy_in_either_layout_and_into_no_other_copy(same_cache, monkeypatch, capsys, tmp_path):
+    run = same_cache[2]
+    for layout in ("modelopt", "compressed-tensors"):
+        out = tmp_path / layout
+        assert harness(monkeypatch, "export", run, "--variant", "qad", "--out", out, "--layout", layout) == 0
+        assert harness(monkeypatch, "card", run, "--variant", "qad", "--out", out) == 0
+        text = (out / "README.md").read_text()
+        assert "mini_math" in text and f"Layout: {layout}" in text and "of 14 linear layers" in text
+        assert harness(monkeypatch, "verify", out) == 0
+    capsys.readouterr()
+    assert harness(monkeypatch, "card", run, "--variant", "ptq", "--out", tmp_path / "modelopt") == 2
+    assert "is a copy of qad of run tiny" in capsys.readouterr().err
+    about = {v["name"]: v for v in json.loads((run / "run.json").read_text())["variants"]}
+    stored = same_cache[3] / "stages" / about["qad"]["checkpoint"]["stage"] / "files"
+    before = sorted(path.name for path in stored.iterdir())
+    assert harness(monkeypatch, "card", run, "--variant", "qad", "--out", stored) == 2
+    assert sorted(path.name for path in stored.iterdir()) == before
+
+
+def test_the_speed_of_answering_is_in_the_table_of_a_run_that_was_not_interrupted(finished):
+    rows = {row["variant"]: row["tokens_per_second"] for row in json.loads((finished[2] / "table.json").read_text())["rows"]}
+    assert set(rows) == {"bf16", "ptq", "qat", "qad"} and all(speed > 0 for speed in rows.values())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -690,3 +761,66 @@ def test_a_mixed_recipe_with_an_fp8_cache_runs_beside_a_checkpoint_of_the_other_
     assert record["objective"] == {"loss": "kl", "temperature": 1.0}
     assert record["training"]["seed"] == 0 and record["packages"]["torch"]
     assert set(record["inputs"]) == {"model", "calibration", "start", "data"} and all(record["inputs"].values())
+
+
+THREE_POINTS = """
+schema = 1
+kernels = ["w4a4_emulation"]
+{keys}
+
+[[task]]
+name = "mini_math"
+margin = 3
+tier = "critical"
+
+[[task]]
+name = "mini_choice"
+margin = 3
+tier = "critical"
+"""
+
+
+def judged(monkeypatch, run, folder, *arguments, keys=""):
+    """Exit status of `harness gate` with a policy of 3 points, and what it wrote."""
+    folder.mkdir()
+    (folder / "policy.toml").write_text(THREE_POINTS.format(keys=keys))
+    status = harness(monkeypatch, "gate", run, "--policy", folder / "policy.toml", "--out", folder / "out", *arguments)
+    return status, json.loads((folder / "out" / "verdict.json").read_text())["candidates"][0]
+
+
+def test_the_gate_reads_a_run_of_the_real_command_and_calls_eight_questions_no_evidence(finished, monkeypatch, tmp_path):
+    run = finished[2]
+    assert json.loads((run / "run.json").read_text())["rehearsal"] is False
+    status, verdict = judged(
+        monkeypatch, run, tmp_path / "ptq", "--candidate", "ptq", keys="min_questions = 5\nmin_clusters = 5"
+    )
+    assert (status, verdict["verdict"]) == (3, "INCONCLUSIVE")
+    reasons = {check["name"]: check["reasons"] for check in verdict["checks"]}
+    assert reasons["the run"] == ["the run is complete"] and reasons["the variants"] == ["ptq is compared with bf16"]
+    assert reasons["mini_math"] == [
+        "bf16's score is of the first 8 questions only (limit)",
+        "ptq's score is of the first 8 questions only (limit)",
+    ], "and nothing is wrong with its kernels, its flags or its pairing"
+    status, verdict = judged(monkeypatch, run, tmp_path / "bf16", "--candidate", "bf16")
+    assert status == 3 and verdict["reasons"][0].startswith("the variants: bf16 is compared with itself")
+
+
+def test_the_gate_tells_ptq_that_lost_much_from_bf16_that_was_asked_twice(monkeypatch, tmp_path):
+    """A run in the shape of the quickstart: BF16 has 40 % right, asked again 40 % too, of which 12 questions are others; PTQ has 15 %."""
+    right = {"bf16": range(80), "bf16-again": range(12, 92), "ptq": range(30)}
+    samples = {
+        (name, task): [sample(doc, float(doc in mine), task=task) for doc in range(200)]
+        for name, mine in right.items()
+        for task in ("mini_math", "mini_choice")
+    }
+    variants = {"bf16-again": {"method": "bf16", "sampling_seed": 1}}
+    run = write_run(tmp_path / "results" / "hand" / "r", samples, variant_changes=variants)
+    status, verdict = judged(monkeypatch, run, tmp_path / "ptq", "--candidate", "ptq")
+    assert (status, verdict["verdict"]) == (1, "NO-GO")
+    assert len(verdict["reasons"]) == 2
+    for reason, task in zip(verdict["reasons"], ("mini_math", "mini_choice"), strict=True):
+        assert reason.startswith(f"{task}: 25.0 points worse (15.0 against 40.0); with 95 % confidence at least ")
+        assert reason.endswith("points of damage, beyond the margin of 3 (200 questions)")
+    status, verdict = judged(monkeypatch, run, tmp_path / "null", "--candidate", "bf16-again")
+    assert (status, verdict["verdict"]) == (3, "INCONCLUSIVE")
+    assert "no change (40.0 against 40.0)" in verdict["reasons"][0] and "leaves the margin of 3 open" in verdict["reasons"][0]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +65,14 @@ def test_a_likelihood_oracle_scores_100_percent(tiny_tokenizer, tmp_path):
     assert found.result["incomplete_rate"] is None
     assert found.samples[0]["finish_reason"] is None
     assert found.samples[0]["n_tokens"] is None
+
+
+def test_the_texts_that_are_weighed_are_kept_with_what_was_asked(tiny_tokenizer):
+    prepared = prepare(task("mini_choice", limit=1), tiny_tokenizer)
+    options = [ask.option for ask in prepared.asks]
+    assert all(options) and prepared.questions[0].target is not None
+    assert [tiny_tokenizer.decode(ask.continuation).strip() for ask in prepared.asks] == [option.strip() for option in options]
+    assert {ask.option for ask in prepare(task("mini_math", limit=1), tiny_tokenizer).asks} == {None}
 
 
 def test_an_engine_that_is_cut_off_is_incomplete_and_scores_0(tiny_tokenizer, tmp_path):
@@ -240,7 +249,8 @@ def row(doc, repeat=0, *, value, cluster=None, answer="a", missing=None, incompl
 def test_samples_without_a_score_lower_n_scored_and_are_never_zero():
     rows = [row(0, value=1.0), row(1, value=None, missing="down"), row(2, value=1.0)]
     found = aggregate(rows, primary="acc", aggregations={}, repeats=1)
-    assert found["metrics"]["acc"] == {"value": 1.0, "stderr": 0.0, "n_scored": 2, "n_total": 3, "unit": "share"}
+    shown = {"value": 1.0, "stderr": 0.0, "n_scored": 2, "n_total": 3, "unit": "share", "higher_is_better": None}
+    assert found["metrics"]["acc"] == shown
     assert (found["n_missing"], found["n_questions"], found["mean_tokens"]) == (1, 3, 10.0)
 
 
@@ -556,7 +566,14 @@ def test_texts_without_a_context_begin_with_the_first_token_of_the_vocabulary(ti
     [
         ({"generation_kwargs": {"num_beams": 4, "until": []}}, "generates with num_beams = 4"),
         ({"unsafe_code": True}, "runs code that a model wrote"),
-        ({"dataset_kwargs": {"data_files": {"test": "missing.jsonl"}}}, "cannot be read"),
+        (
+            {"dataset_kwargs": {"data_files": {"test": "missing.jsonl"}}},
+            rf"data_files: missing.jsonl: there is no such file; looked for {re.escape(str(Path.cwd()))}/missing.jsonl \(relative",
+        ),
+        (
+            {"doc_to_text": "Is {{number}} even?"},
+            "task even: its template names number, which no column is; columns: question, answer$",
+        ),
         ({"task": "odd"}, r"there is no such task in .*even.yaml; it holds odd"),
         ({"metadata": {"primary": "acc"}}, r"metadata.primary: found 'acc'; allowed: exact_match"),
         ({"metadata": {"stated": "("}}, r"metadata.stated: '\(' is no pattern"),
@@ -571,6 +588,27 @@ def test_texts_without_a_context_begin_with_the_first_token_of_the_vocabulary(ti
 def test_a_task_that_cannot_be_asked_is_an_error_before_anything_is(tiny_tokenizer, tmp_path, changes, message):
     with pytest.raises(TaskError, match=message):
         prepare(task("even", path=user_task(tmp_path, **changes)), tiny_tokenizer)
+
+
+def test_tasks_that_run_code_of_a_model_are_refused_before_their_own_code_is_imported(tiny_tokenizer, monkeypatch):
+    manager = scoring.TaskManager()  # half a minute: once for all
+    monkeypatch.setattr(scoring, "TaskManager", lambda **options: manager)
+    monkeypatch.setattr("lm_eval.tasks._yaml_loader._import_func_in_yml", lambda *given: pytest.fail(f"imported {given}"))
+    for name in ("humaneval", "humaneval_plus", "mbpp", "longproc_pseudo_to_code_2k", "livecodebench"):
+        with pytest.raises(
+            TaskError, match=f"task {name}: runs code that a model wrote, which needs a sandbox .*harness import"
+        ):
+            prepare(task(name), tiny_tokenizer)
+
+
+def test_a_group_with_a_task_that_runs_code_is_refused_before_that_code_is_imported(tiny_tokenizer, tmp_path):
+    user_task(tmp_path, unsafe_code=True)
+    (tmp_path / "scorer.py").write_text("raise AssertionError('imported')\n")
+    with (tmp_path / "even.yaml").open("a") as file:
+        file.write("process_docs: !function scorer.chosen\n")
+    (tmp_path / "all.yaml").write_text("group: all\ntask: [even]\n")
+    with pytest.raises(TaskError, match="task even: runs code that a model wrote"):
+        prepare(task("all", path=tmp_path), tiny_tokenizer)
 
 
 def test_a_name_that_nobody_knows_is_an_error_with_what_is_near(tiny_tokenizer):
@@ -589,3 +627,18 @@ def test_the_tasks_run_in_plain_lm_eval(tmp_path):
     found = simple_evaluate(model="dummy", tasks=list(MINI_TASKS), task_manager=manager, limit=3, bootstrap_iters=0)
     assert set(found["results"]) == {"mini_choice", "mini_context", "mini_math", "mini_recall"}
     assert found["n-samples"]["mini_math"]["effective"] == 3
+
+
+@pytest.mark.parametrize("depends_on_batch", [True, False])
+def test_speed_is_known_of_what_was_asked_in_one_go_and_of_nothing_else(tiny_tokenizer, tmp_path, depends_on_batch):
+    engine = ScriptedEngine(tiny_tokenizer, add_up, answers_depend_on_batch=depends_on_batch, batch_size=3)
+    first = evaluate("mini_math", engine, tmp_path, limit=3).answers
+    n_tokens = sum(row["n_tokens"] for row in first.rows)
+    assert n_tokens > 0
+    assert first.about["generated"] == {"n_tokens": n_tokens, "seconds": first.about["seconds_answering"]}
+    assert evaluate("mini_math", engine, tmp_path, limit=5).answers.about["generated"] is None
+    assert evaluate("mini_math", engine, tmp_path, limit=3).answers.about["generated"] is None
+    silent = ScriptedEngine(tiny_tokenizer, lambda prompt: Failure("HTTP 500"), answers_depend_on_batch=depends_on_batch)
+    assert evaluate("mini_math", silent, tmp_path, limit=3, weights="v").answers.about["generated"] is None
+    likes = ScriptedEngine(tiny_tokenizer, add_up, answers_depend_on_batch=depends_on_batch)
+    assert evaluate("mini_choice", likes, tmp_path, limit=3).answers.about["generated"]["n_tokens"] == 0

@@ -79,3 +79,11 @@ def test_a_run_keeps_what_a_failing_server_answered_asks_the_rest_and_knows_the_
     files = [path for path in tmp_path.rglob("*") if path.is_file() and "cache" not in path.parts]
     assert len(files) > 5 and SECRET not in "".join(said)
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def test_a_key_that_is_not_set_is_said_before_anything_is_made(run, tiny_tokenizer, monkeypatch):
+    monkeypatch.delenv("SOME_KEY")
+    with FaultServer(tiny_tokenizer) as server:
+        status, words = run(server)
+    assert status == 2 and "its key is to be in the variable SOME_KEY, which is not set" in words
+    assert "stages to do" not in words and not server.asked
