@@ -122,6 +122,7 @@ def _row(variant: str, kernel: str, task: str, scores: list[int]) -> dict[str, A
         "stderr": (mean * (1 - mean) / max(1, n - 1)) ** 0.5,
         "n_scored": n,
         "n_total": n,
+        "unit": "share",
         "n_questions": n,
         "n_missing": 0,
         "repeats": 1,

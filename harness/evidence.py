@@ -178,7 +178,7 @@ class RunEvidence:
             )
         require_keys(f"{self.folder / 'tasks.jsonl'}: {variant} in {task}", row, ASKED)
         questions = _questions(path, read_lines(path), variant, task, is_imported=bool(row.get("imported")))
-        found = Answers(variant, task, row["metric"], row.get("unit", "share"), row.get("higher_is_better"), questions, row)
+        found = Answers(variant, task, row["metric"], row["unit"], row.get("higher_is_better"), questions, row)
         _require_same_amounts(path, found, self._n_uncovered(found))
         _require_same_figures(path, found)
         return found

@@ -50,7 +50,7 @@ TASK_ROW = {
     **dict.fromkeys(("n_scored", "n_total"), _COUNT),
     "is_partial": _BOOL,
 }
-ASKED = {"n_questions": _COUNT, "repeats": _REPEATS}
+ASKED = {"n_questions": _COUNT, "repeats": _REPEATS, "unit": _TEXT}
 """What a row of tasks.jsonl has to hold beside `TASK_ROW` where its scores are read."""
 SCORE_ROW = {
     **dict.fromkeys(("variant", "task", "question", "cluster", "subtask"), _TEXT),

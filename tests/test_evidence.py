@@ -291,8 +291,8 @@ def test_a_row_without_what_this_version_reads_is_an_error_that_names_file_line_
         open_run_evidence(run)
 
 
-@pytest.mark.parametrize("key", ["repeats", "n_questions"])
-def test_scores_are_not_read_without_how_many_were_asked(run, key):
+@pytest.mark.parametrize("key", ["repeats", "n_questions", "unit"])
+def test_scores_are_not_read_without_how_many_were_asked_and_what_they_are(run, key):
     change_lines(run / "tasks.jsonl", without(key))
     with pytest.raises(StoreError, match=f"tasks.jsonl: bf16 in maths: lacks '{key}'"):
         answers_of(run)

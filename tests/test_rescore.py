@@ -62,7 +62,7 @@ def scorer(monkeypatch, run):
         calls.append(task.name)
         if len(calls) == score_task.fails_at:
             raise score_task.error
-        shown = {"value": 0.0, "stderr": 0.0, "n_scored": 2, "n_total": 2, "incomplete_rate": 0.0}
+        shown = {"unit": "share", "value": 0.0, "stderr": 0.0, "n_scored": 2, "n_total": 2, "incomplete_rate": 0.0}
         result = {"primary": "exact_match", "metrics": {"exact_match": shown}, "scorer": "maths@2:def"}
         result |= {"subtasks": {"even": {"exact_match": shown}, "odd": {"exact_match": shown}}}
         result |= {"n_questions": 2, "repeats": 1, "is_partial": False, "version": 2, "publishable": True} | engine

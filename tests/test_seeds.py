@@ -75,7 +75,7 @@ def make_run(folder: Path, names: list[str], *, selection: dict | None = None, s
     for name in names:
         if name in RIGHT:
             value, stderr = mean_with_stderr(RIGHT[name], CLUSTERS)
-            figures = {"value": value, "stderr": stderr, "n_scored": 5, "n_total": 5}
+            figures = {"unit": "share", "value": value, "stderr": stderr, "n_scored": 5, "n_total": 5}
             tasks.append({"variant": name, "task": "t", "metric": "acc", **figures, **shared})
             rows = [
                 sample(i, task="t", question="one text for all", cluster=cluster, metrics={"acc": float(right)})
