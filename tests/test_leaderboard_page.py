@@ -132,7 +132,7 @@ def board_of(page, suite):
     labels = page.locator("#board option").evaluate_all("all => all.map(each => [each.value, each.textContent])")
     value = next(value for value, text in labels if text.startswith(suite) and "nothing ranked" not in text)
     page.select_option("#board", value)
-    page.wait_for_function("key => location.hash === `#/board/${key}`", arg=value)
+    page.wait_for_selector(f"main[data-address='#/board/{value}']")
 
 
 def column(page, head):

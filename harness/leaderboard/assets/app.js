@@ -60,6 +60,7 @@
   function show(nodes, title) {
     document.title = title ? `${title} – Leaderboard` : "Leaderboard";
     main.replaceChildren(...nodes.filter(Boolean));
+    main.dataset.address = location.hash;
     Chart.refresh();
   }
 
