@@ -33,8 +33,8 @@ def calibrate(
 
     Args:
         model: a transformers model; called through its base model, so that the output head costs nothing.
-        batches: dictionaries with input_ids and attention_mask, (batch, tokens). Padding must be on the right: its
-            positions are left out of the record.
+        batches: dictionaries with input_ids and attention_mask, (batch, tokens), and what an image-text model is called with besides,
+            such as pixel_values. Padding must be on the right: its positions are left out of the record, those of images are not.
         skip_first_token: leave the first position of every sequence out of the record too: an experiment that shows what a
             calibration without it costs, since a model can put its largest activations there.
     Raises:

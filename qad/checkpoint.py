@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qad import kv_cache, nvfp4
+from qad import kv_cache
+from qad.building import build
 from qad.errors import CheckpointError
 from qad.kernels import backend
 from qad.layouts import (
@@ -35,9 +36,12 @@ from qad.layouts import (
 )
 from qad.modules import QuantizedLinear, install, quantized_linears
 from qad.packed import decode, layer_names, read_cache, read_config, read_layer, scheme_of
-from qad.recipe import Format, Targets, groups_of
+from qad.recipe import Format, FusedGroup, Targets, groups_of
+from qad.stored_names import loaded_layers, stored_layers, stored_tensors
 from qad.tensor_files import INDEX, SHARD_BYTES, TensorFiles, sizes_of, write_json, write_shards
 
+_KEYS = ".k_proj"
+"""The layer of an attention module by which it is found under its other name."""
 RECORD = "quantization_record.json"
 """How a checkpoint was made: recipe, scale rule, calibration, seed, versions."""
 _NOT_COPIED = (".safetensors", INDEX, ".bin", ".gguf", ".pt", ".pth", ".pkl", ".jsonl", "hf_quant_config.json", RECORD)
@@ -77,11 +81,12 @@ def write_checkpoint(
         CheckpointError: `folder` holds files already.
     """
     with appearing(folder) as partial:
-        tensors = dict(_stored_tensors(model, layout))
+        names = stored_layers(model)
+        tensors = dict(_stored_tensors(model, layout, names))
         config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         if targets is not None:
             w4a4 = any(module.input_quantizer is not None for module in quantized_linears(model).values())
-            config["quantization_config"], hf_quant_config = configs(layout, targets, activations=w4a4)
+            config["quantization_config"], hf_quant_config = configs(layout, _as_stored(targets, names), activations=w4a4)
             if hf_quant_config is not None:
                 write_json(partial / "hf_quant_config.json", hf_quant_config)
             write_json(partial / RECORD, record)
@@ -106,26 +111,29 @@ def load_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Loaded:
     config.pop("quantization_config", None)
     if scheme is None:
         plain = {name: files.get(name) for name in files.where}
-        model = _build(folder, config, plain, trust_remote_code)
+        model = build(folder, config, plain, trust_remote_code)
         return Loaded(model, {"linear": "bf16", "kv_cache": "bf16"}, None)
     names = layer_names(files, scheme.layout)
     cache = read_cache(files, scheme)
     consumed = {name + suffix for name in names for suffix in NAMES[scheme.layout].all}
     consumed |= {name + suffix for name in cache for suffix in CACHE_NAMES[scheme.layout]}
     tensors = {name: files.get(name) for name in files.where if name not in consumed}
-    layers: dict[str, tuple[Format, Tensor, Tensor | None]] = {}
+    stored: dict[str, tuple[Format, Tensor, Tensor | None]] = {}
     for name in names:
         layer = read_layer(files, scheme, name)
         _require_as_configured(folder, scheme, name, layer)
         tensors[f"{name}.weight"] = decode(layer)
-        layers[name] = layer.format, layer.encoding.tensor_scale, layer.input_scale
-    model = _build(folder, config, tensors, trust_remote_code)
+        stored[name] = layer.format, layer.encoding.tensor_scale, layer.input_scale
+    model = build(folder, config, tensors, trust_remote_code)
     linears = tuple(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-    strangers = sorted(set(layers) - set(linears))
+    own = loaded_layers(model, stored)
+    strangers = sorted(name for name in stored if own[name] not in linears)
     if strangers:
         raise CheckpointError(f"{folder}: {strangers[0]} is quantized but is no linear layer of {type(model).__name__}")
+    layers = {own[name]: found for name, found in stored.items()}
+    in_files = stored_layers(model)
     for name in sorted(set(linears) - set(layers)):
-        if scheme.group_of(name) is not None:
+        if scheme.group_of(in_files.get(name, name), name) is not None:
             raise CheckpointError(
                 f"{folder}: its config says that {name} is quantized but its tensor is not; the config disagrees with the tensors: "
                 "export it again, or list the layer among those left alone"
@@ -141,7 +149,10 @@ def load_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Loaded:
             )
         install(model, group, {name: layers[name][1] for name in group.members}, scales[0][1])
     if cache:
-        kv_cache.install(model, cache)
+        attention = {
+            name: found.removesuffix(_KEYS) for name, found in loaded_layers(model, (f"{n}{_KEYS}" for n in cache)).items()
+        }
+        kv_cache.install(model, {attention[f"{name}{_KEYS}"]: scales for name, scales in cache.items()})
     kernels = kernels_of({(formats[name], layers[name][2] is not None) for name in layers}, has_fp8_cache=bool(cache))
     is_w4a4 = any("w4a4" in kernel for kernel in kernels.values())
     return Loaded(model, kernels, backend(torch.device("cpu")) if is_w4a4 else None)
@@ -201,18 +212,31 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _stored_tensors(model: Any, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+def _stored_tensors(model: Any, layout: Layout, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under its name in files. names: of modules, in the model and in files."""
     quantized = quantized_linears(model)
     storages: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        module_name, _, leaf = name.rpartition(".")
+    for stored, (name, tensor) in stored_tensors(model, model.state_dict()).items():
+        module_name, _, leaf = (name or "").rpartition(".")
         if leaf == "weight" and module_name in quantized:
-            yield from layer_tensors(layout, module_name, _layer(module_name, quantized[module_name])).items()
+            yield from layer_tensors(layout, names[module_name], _layer(module_name, quantized[module_name])).items()
         elif tensor.data_ptr() not in storages:
             storages.add(tensor.data_ptr())
-            yield name, tensor
+            yield stored, tensor
     for name, cache in kv_cache.kv_cache_quantizers(model).items():
-        yield from cache_tensors(layout, name, cache.k_scale, cache.v_scale).items()
+        yield from cache_tensors(layout, _attention(name, names), cache.k_scale, cache.v_scale).items()
+
+
+def _as_stored(targets: Targets, names: Mapping[str, str]) -> Targets:
+    groups = tuple(
+        FusedGroup(group.name, tuple(names[member] for member in group.members), group.format) for group in targets.groups
+    )
+    excluded = tuple(names.get(name, name) for name in targets.excluded)
+    return Targets(groups, excluded, tuple(_attention(name, names) for name in targets.kv_cache))
+
+
+def _attention(name: str, names: Mapping[str, str]) -> str:
+    return names[name + _KEYS].removesuffix(_KEYS)
 
 
 def _layer(name: str, module: QuantizedLinear) -> QuantizedLayer:
@@ -241,67 +265,4 @@ def _require_equal(folder: Path, group: str, what: str, scales: list[Tensor]) ->
         raise CheckpointError(
             f"{folder}: {group}: its members have different {what} {sorted(values)}; serving engines take the largest and "
             "decode the others wrongly; export the checkpoint again with one scale a fused group"
-        )
-
-
-def _build(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point():
-            nvfp4.require_finite(tensor.float(), f"{folder}: {name}")
-    if config.get("auto_map"):
-        model_config, architecture = _remote_code(folder, config, trust_remote_code)
-    else:
-        try:
-            model_config = AutoConfig.for_model(**config)
-            architecture = AutoModelForCausalLM._model_mapping[type(model_config)]
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"{folder}: model_type {config.get('model_type')!r} is no causal language model that transformers knows natively"
-            ) from error
-    model, report = architecture.from_pretrained(
-        None, config=model_config, state_dict=tensors, dtype=torch.bfloat16, output_loading_info=True
-    )
-    problems = {key: sorted(report[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(key)}
-    if problems:
-        raise CheckpointError(f"{folder}: its tensors do not fit {architecture.__name__}: {problems}")
-    model.generation_config = GenerationConfig()
-    _require_plain_head(folder, model.eval())
-    return model
-
-
-def _remote_code(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> tuple[Any, Any]:
-    """Configuration and model class from the Python files in `folder`, and from nowhere else."""
-    from transformers import AutoConfig
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    classes = config["auto_map"]
-    elsewhere = sorted(str(c) for c in classes.values() if "--" in str(c))
-    if elsewhere:
-        raise CheckpointError(
-            f"{folder}: its remote code lies in another repository ({elsewhere[0]}), which nothing pins; not read"
-        )
-    if not trust_remote_code:
-        raise CheckpointError(
-            f"{folder}: asks for remote code (auto_map: {', '.join(sorted(classes))}); it runs only where the suite says "
-            "[model] trust_remote_code = true and the model is a folder or a hub id with its revision"
-        )
-    if "AutoModelForCausalLM" not in classes:
-        raise CheckpointError(f"{folder}: its remote code has no AutoModelForCausalLM; found: {', '.join(sorted(classes))}")
-    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    if hasattr(model_config, "quantization_config"):
-        del model_config.quantization_config
-    return model_config, get_class_from_dynamic_module(classes["AutoModelForCausalLM"], str(folder))
-
-
-@torch.no_grad()
-def _require_plain_head(folder: Path, model: Any) -> None:
-    """Losses and diagnostics apply the output head to hidden states themselves: refuse a model that does more than that."""
-    ids = torch.arange(8)[None] % model.config.vocab_size
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    if not torch.equal(model(input_ids=ids, use_cache=False).logits, hidden @ model.get_output_embeddings().weight.T):
-        raise CheckpointError(
-            f"{folder}: the logits of {type(model).__name__} are not lm_head(hidden): they are scaled, capped or biased; "
-            "such a model is not available in this version"
         )

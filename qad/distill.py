@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from qad import layers, ranks
+from qad.backbone import backbone_of, head_of, is_in, last_hidden
 from qad.batch import Batch
 from qad.candidates import Candidate, Candidates
 from qad.errors import Interrupted, NonFiniteError, TrainingError, memory_asked_for
@@ -114,19 +115,28 @@ class Pair(nn.Module):
     def __init__(self, student: Any, teacher: Any | None, objective: Objective) -> None:
         super().__init__()
         self.student, self.teacher, self.objective = student, teacher, objective
+        self._decoder = backbone_of(student).decoder
 
     def forward(self, batch: Batch, n_tokens: float, with_teacher: bool = True) -> tuple[Tensor, LossSums]:
         """The loss of one batch and its sums; masked positions are packed out before the products with the heads."""
-        predicted = batch.loss_mask[:, 1:]
+        predicted = batch.predicted
         labels = batch.input_ids[:, 1:][predicted]
-        hidden = self.student.base_model(**batch.inputs).last_hidden_state[:, :-1][predicted]
+        inputs = batch.inputs
+        hidden = last_hidden(self.student, inputs)[:, :-1][predicted]
         teacher: dict[str, Any] = {}
         if with_teacher and self.teacher is not None:
             with torch.no_grad():
-                states = self.teacher.base_model(**batch.inputs).last_hidden_state[:, :-1][predicted]
-            teacher = {"teacher_hidden": states, "teacher_head": self.teacher.get_output_embeddings().weight}
-        head = self.student.get_output_embeddings().weight
-        return chunked_loss(self.objective, hidden, head, labels, n_tokens=n_tokens, **teacher)
+                states = last_hidden(self.teacher, inputs)[:, :-1][predicted]
+            teacher = {"teacher_hidden": states, "teacher_head": head_of(self.teacher)}
+        head = head_of(self.student)
+        loss, sums = chunked_loss(self.objective, hidden, head, labels, n_tokens=n_tokens, **teacher)
+        for parameter in self._trained_outside():
+            loss = loss + 0.0 * parameter.reshape(-1)[:1].sum()
+        return loss, sums
+
+    def _trained_outside(self) -> list[nn.Parameter]:
+        """What is trained outside the decoder: a vision tower has a gradient, of 0, without images too, or ranks would fall out of step."""
+        return [p for name, p in self.student.named_parameters() if p.requires_grad and not is_in(name, self._decoder)]
 
 
 def train(
@@ -146,7 +156,7 @@ def train(
     Under several ranks every rank calls it with the same arguments, on the CPU; each computes its share of the batches of a step.
 
     Args:
-        student: a transformers causal LM after `quantize_model`.
+        student: a transformers causal LM, or an image-text model, after `quantize_model`.
         teacher: the model whose distribution the objective asks for; with cross entropy it serves validation alone and may be None.
         held_out: batches for validation. candidates: is offered the model after each.
     Raises:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qad.backbone import last_hidden
 from qad.batch import Batch
 from qad.clustered import ratio_over_clusters
 from qad.errors import NonFiniteError
@@ -71,8 +72,8 @@ def final_hidden(model: Any, batches: Iterable[Batch]) -> Iterator[Tensor]:
     """Last hidden states (sequences, tokens, width) of `model`, batch by batch."""
     for batch in batches:
         with checking_once():
-            hidden = model.base_model(**batch.to(model.device).inputs)
-        yield hidden.last_hidden_state
+            hidden = last_hidden(model, batch.to(model.device).inputs)
+        yield hidden
 
 
 def measure(
@@ -84,7 +85,7 @@ def measure(
     *,
     on_batch: Callable[[], None] = lambda: None,
 ) -> tuple[list[SequenceDivergence], list[SequenceDivergence]]:
-    """Divergence of each sequence over its response tokens, and over all its tokens but the first.
+    """Divergence of each sequence over its response tokens, and over all its tokens but the first and those that stand for an image.
 
     Args:
         candidate_hidden, teacher_hidden: as `final_hidden` yields them for `batches`.
@@ -126,14 +127,14 @@ def _sequences(
     *,
     response_alone: bool,
 ) -> Iterator[tuple[SequenceDivergence, Tensor]]:
-    """Row by row: the divergence of its tokens but the first, or of its response alone, and which of them are response."""
+    """Row by row: the divergence of its text tokens but the first, or of its response alone, and which of them are response."""
     place = 0
     for candidate, teacher, given in zip(candidate_hidden, teacher_hidden, batches, strict=True):
         batch = given.to(candidate.device)
         for row in range(len(batch.input_ids)):
             length = int(batch.attention_mask[row].sum())
-            mask = batch.loss_mask[row, 1:length]
-            used = mask if response_alone else torch.ones_like(mask)
+            mask = batch.predicted[row, : length - 1]
+            used = mask if response_alone else batch.is_text[row, 1:length]
             tokens = token_divergence(
                 candidate[row, : length - 1][used],
                 candidate_head,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qad.backbone import backbone_of, decoder_of, is_in
 from qad.errors import RecipeError
 from qad.straight_through import FakeQuantize
 
@@ -60,8 +61,13 @@ class _Recorder(nn.Module):
 
 
 def attention_modules(model: nn.Module) -> tuple[str, ...]:
-    """Names of the attention layers: the modules with a key and a value projection. RecipeError if there is none."""
-    found = tuple(name for name, module in model.named_modules() if hasattr(module, "k_proj") and hasattr(module, "v_proj"))
+    """Names of the attention layers of the language backbone: the modules with a key and a value projection. RecipeError if there is none."""
+    decoder = backbone_of(model).decoder
+    found = tuple(
+        name
+        for name, module in model.named_modules()
+        if is_in(name, decoder) and hasattr(module, "k_proj") and hasattr(module, "v_proj")
+    )
     if not found:
         raise RecipeError(
             f'kv_cache = "fp8": {type(model).__name__} has no attention layer with k_proj and v_proj; remove kv_cache'
@@ -84,7 +90,8 @@ def kv_cache_quantizers(model: nn.Module) -> dict[str, KvCacheQuantizer]:
 @contextmanager
 def recording(model: Any, names: tuple[str, ...]) -> Iterator[dict[str, _Recorder]]:
     """While it lasts, keys and values of the named layers are recorded; `mask` of a recorder leaves padding out."""
-    before = model.config._attn_implementation
+    decoder: Any = decoder_of(model)
+    before = decoder.config._attn_implementation
     recorders = {name: _Recorder() for name in names}
     if names:
         _intercept(model)
@@ -96,7 +103,7 @@ def recording(model: Any, names: tuple[str, ...]) -> Iterator[dict[str, _Recorde
         for name in names:
             del model.get_submodule(name).kv_cache
         if names:
-            model.set_attn_implementation(before)
+            decoder.set_attn_implementation(before)
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
@@ -114,9 +121,10 @@ def _intercept(model: Any) -> None:
 
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    if not model._can_set_attn_implementation():
+    decoder: Any = decoder_of(model)
+    if not decoder._can_set_attn_implementation():
         raise RecipeError(
-            f'kv_cache = "fp8": the attention of {type(model).__name__} does not go through transformers\' attention '
+            f'kv_cache = "fp8": the attention of {type(decoder).__name__} does not go through transformers\' attention '
             "interface, so its keys and values cannot be rounded; remove kv_cache"
         )
-    model.set_attn_implementation(ATTENTION)
+    decoder.set_attn_implementation(ATTENTION)

@@ -1,6 +1,7 @@
 """What is done to a model layer by layer before it is trained: activation checkpointing, compilation, sharding.
 
-The layers are the decoder blocks that the model's class names (`_no_split_modules`).
+The layers are the decoder blocks that the model's class names (`_no_split_modules`). A vision tower and a projector, which are frozen
+unless everything is trained, are sharded as part of the whole.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from qad import ranks
+from qad.backbone import decoder_of
 from qad.errors import TrainingError
 from qad.modules import input_quantizers
 
 
 def layers_of(model: Any) -> list[nn.Module]:
-    """The decoder blocks of a transformers model. TrainingError where its class names none."""
-    names = set(model._no_split_modules or ())
-    found = [module for module in model.modules() if type(module).__name__ in names]
+    """The decoder blocks of a transformers model, without those of a vision tower. TrainingError where its class names none."""
+    decoder: Any = decoder_of(model)
+    names = {*(model._no_split_modules or ()), *(getattr(decoder, "_no_split_modules", None) or ())}
+    found = [module for module in decoder.modules() if type(module).__name__ in names]
     if not found:
         raise TrainingError(
             f"{type(model).__name__} does not say what its layers are (_no_split_modules): activation checkpointing, compile and "

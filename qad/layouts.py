@@ -91,9 +91,12 @@ class Scheme:
     ignored: tuple[str, ...]
     kv_cache: bool
 
-    def group_of(self, name: str) -> tuple[Format, bool] | None:
-        """Format of a linear layer and whether its input is quantized; None where it is left alone."""
-        if any(self.is_match(pattern, name) for pattern in self.ignored):
+    def group_of(self, name: str, *aliases: str) -> tuple[Format, bool] | None:
+        """Format of a linear layer and whether its input is quantized; None where it is left alone.
+
+        aliases: other names of it; some writers list what is left alone by its name in memory, not by that in files.
+        """
+        if any(self.is_match(pattern, known) for pattern in self.ignored for known in (name, *aliases)):
             return None
         for by_class in (False, True):
             for targets, format, activations in self.groups:

@@ -5,7 +5,8 @@ Three kinds, by `train` and the recipe's `block_scales`:
 - the block scales of a quantized layer, "learned": a master in units of the weight (block scale times tensor scale), rounded to
   E4M3 at projection. Its gradient is that of code times scale with the rounding passed straight through: for a number x,
   q - x / s inside the range and q beyond it (LSQ, arXiv 1902.08153); with `train = "scales"` the codes stay, and it is q;
-- any other parameter, with `train = "all"`: the live one is the master in its own type.
+- any other parameter, with `train = "all"`: the live one is the master in its own type. That is how the vision tower and the
+  projector of an image-text model are trained; with the other choices they are frozen, and stay bit for bit.
 
 The gradient of a live weight passes to its master unchanged, also where a block saturates. It is added up in FP32. Under FSDP2 live parameters
 are FP32 shards (gathered in BF16, reduced in FP32) and masters are DTensors of the same placement: whole rows, so that no

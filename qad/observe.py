@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qad.backbone import last_hidden
 from qad.recipe import FusedGroup
 
 
@@ -31,7 +32,8 @@ def observe_inputs(
 
     Args:
         model: a transformers model; called through its base model, so that the output head costs nothing.
-        batches: dictionaries with input_ids and attention_mask, (batch, tokens); padding on the right.
+        batches: dictionaries with input_ids and attention_mask, (batch, tokens), padding on the right; and what an image-text model is
+            called with besides. Positions that stand for an image are real inputs, in serving as here: they count.
         observe: gets x as (tokens, K), or as the module got it where its shape is not (batch, tokens, K).
         skip_first_token: leave the first position of every sequence out as well.
         on_mask: called before each batch with the positions that count, (batch, tokens) bool.
@@ -63,7 +65,7 @@ def observe_inputs(
                 mask[:, 0] = False
             on_mask(mask)
             with suppress(_AllSeen):
-                model.base_model(**batch, use_cache=False)
+                last_hidden(model, {**batch, "use_cache": False})
             seen.clear()
     finally:
         for handle in handles:

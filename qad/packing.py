@@ -17,10 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from qad import kv_cache
+from qad.backbone import decoder_of
 from qad.errors import TrainingError
 
 PACKABLE = frozenset({"llama", "mistral", "nemotron", "nemotron_h", "qwen2", "qwen3", "qwen3_moe"})
 """`config.model_type` of the architectures that keep packed documents apart."""
+PACKABLE_WITH_IMAGES = frozenset({"idefics3", "internvl", "llava", "smolvlm"})
+"""The same of image-text models, around a decoder that does: they hand positions on as they are, and put images in their places."""
 ATTENTIONS = frozenset({"eager", "sdpa", kv_cache.ATTENTION})
 """Attention implementations that do. Flash attention looks for borders in a batch of one row only."""
 OPEN_ROWS = 32
@@ -60,12 +63,14 @@ def row_positions(lengths: Sequence[int], capacity: int) -> Tensor:
 
 def require_packable(model: Any) -> None:
     """TrainingError unless the architecture and the attention of `model` are known to keep packed documents apart."""
-    found, attention = model.config.model_type, model.config._attn_implementation
-    if found not in PACKABLE:
-        raise TrainingError(
-            f'{type(model).__name__}: model_type "{found}" is not known to keep packed documents apart; known: '
-            f"{', '.join(sorted(PACKABLE))}. Set training.packing = false"
-        )
+    decoder: Any = decoder_of(model)
+    attention = decoder.config._attn_implementation
+    for part, packable in ((model, PACKABLE if decoder is model else PACKABLE_WITH_IMAGES), (decoder, PACKABLE)):
+        if part.config.model_type not in packable:
+            raise TrainingError(
+                f'{type(model).__name__}: model_type "{part.config.model_type}" is not known to keep packed documents apart; known: '
+                f"{', '.join(sorted(packable))}. Set training.packing = false"
+            )
     if attention not in ATTENTIONS:
         raise TrainingError(
             f'{type(model).__name__}: attention "{attention}" is not known to keep packed documents apart; known: '

@@ -12,6 +12,7 @@ from qad.modules import QuantizedLinear, install
 from qad.nvfp4 import E2M1_MAX, E4M3_MAX, Packed, require_finite
 from qad.recipe import FusedGroup, Recipe, match
 from qad.scales import LARGEST_BLOCK_SCALE, NVFP4_MAX, block_scales, tensor_scale_for
+from qad.stored_names import stored_layers
 
 
 def quantize_model(
@@ -30,7 +31,7 @@ def quantize_model(
         input_amax: largest magnitudes by fused group and of keys and values, from `qad.calibrate`; None for W4A16.
         second_moments: mean square of the inputs by fused group, from `qad.calibrate`; needed where the recipe weighs errors by it.
         batches: calibration batches, needed by the rule "gptq".
-        start: codes and block scales of a checkpoint of the same recipe, by NVFP4 layer: nothing is chosen again, which
+        start: codes and block scales of a checkpoint of the same recipe, by NVFP4 layer as files name it: nothing is chosen again, which
             spares the search, and the rounding of other hardware. Tensor scales come from the weights all the same.
         keep_originals: keep the weights before quantization, which training starts from; without, a copy of the model is spared.
     Raises:
@@ -41,6 +42,7 @@ def quantize_model(
         raise CalibrationError('scale_rule "gptq" rounds by what calibration batches do to a layer: give batches')
     changed: dict[str, QuantizedLinear] = {}
     targets = match(model, recipe)
+    stored = {} if start is None else stored_layers(model)
     needs_original = keep_originals or recipe.scale_rule == "gptq"
     for group in targets.groups:
         weight_scale, input_scale = _tensor_scales(model, group, recipe, input_amax)
@@ -49,7 +51,7 @@ def quantize_model(
             original = module.weight.detach()
             module.original = original.clone() if needs_original else None
             if group.format == "nvfp4" and start is not None:
-                module.set_encoding(_start(name, module, start))
+                module.set_encoding(_start(name, module, start.get(stored.get(name, name))))
             elif group.format == "fp8" or recipe.block_scale_rule == "amax":
                 module.project(original, name=f"{name}.weight")
             else:
@@ -100,8 +102,7 @@ def _cache_scales(name: str, recipe: Recipe, input_amax: dict[str, float] | None
     return k_scale, v_scale
 
 
-def _start(name: str, module: QuantizedLinear, start: Mapping[str, Packed]) -> Packed:
-    found = start.get(name)
+def _start(name: str, module: QuantizedLinear, found: Packed | None) -> Packed:
     if found is None or found.packed.shape != (module.out_features, module.in_features // 2):
         what = "has no codes of it" if found is None else f"holds codes of shape {tuple(found.packed.shape)}"
         raise CheckpointError(f"{name}: the checkpoint to start from {what}; it was made with another recipe or model")

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from qad import kv_cache
+from qad.backbone import Backbone, backbone_of, is_in
 from qad.errors import RecipeError
 from qad.nvfp4 import BLOCK_SIZE
 from qad.scales import BlockScaleRule
@@ -33,7 +34,8 @@ class Recipe:
     """How a model is quantized to NVFP4.
 
     activations: True quantizes the inputs too (W4A4), False leaves them in BF16 (W4A16).
-    exclude: shell-style patterns of module names that stay in BF16; each must match a linear layer.
+    exclude: shell-style patterns of module names that stay in BF16; each must match a linear layer of the language backbone. What is
+        outside of it, such as a vision tower, stays in BF16 without being named.
     power_of_two: tensor scales are rounded up to powers of two, which makes every decoded value exact in BF16.
     headroom: the input amax seen in calibration is multiplied by this before its tensor scale is derived.
     scale_rule: how the block scales of weights are chosen (see `qad.scales`), or "gptq": codes by `qad.gptq` on the block
@@ -98,7 +100,8 @@ class FusedGroup:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a recipe quantizes in a model, and what it leaves. kv_cache: names of attention layers with an FP8 cache."""
+    """What a recipe quantizes in a model, and what it leaves. excluded: every linear layer that stays BF16, those outside the language
+    backbone too. kv_cache: names of attention layers with an FP8 cache."""
 
     groups: tuple[FusedGroup, ...]
     excluded: tuple[str, ...]
@@ -110,18 +113,21 @@ class Targets:
 
 
 def match(model: nn.Module, recipe: Recipe) -> Targets:
-    """The fused groups that `recipe` quantizes in `model`, in the model's order.
+    """The fused groups that `recipe` quantizes in the language backbone of `model`, in the model's order.
 
     Raises:
-        RecipeError: a pattern matches no linear layer, a fused group is excluded in part, an input width is not a
+        RecipeError: a pattern matches no linear layer of the backbone, a fused group is excluded in part, an input width is not a
             multiple of 16, the output head shares its weight with the embedding, the model holds experts as 3-D
             parameters, or nothing is left to quantize.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    _refuse_expert_stacks(model)
-    names = tuple(linears)
-    excluded = _matching(names, recipe.exclude, "exclude")
-    fp8 = _matching(names, recipe.fp8, "fp8")
+    backbone = backbone_of(model)
+    _refuse_expert_stacks(model, backbone)
+    names = backbone.linears
+    for key, patterns in (("exclude", recipe.exclude), ("fp8", recipe.fp8)):
+        _require_effect(backbone, patterns, key)
+    excluded = _matching(backbone, recipe.exclude, "exclude")
+    fp8 = _matching(backbone, recipe.fp8, "fp8")
     both = sorted(set(excluded) & set(fp8))
     if both:
         raise RecipeError(f"{both[0]}: matched by both exclude and fp8; a layer has one format: narrow one of the patterns")
@@ -140,7 +146,8 @@ def match(model: nn.Module, recipe: Recipe) -> Targets:
         if any(linears[name].weight is table.weight for table in tables):
             raise RecipeError(f'{name}: shares its weight with the embedding, which stays BF16; add "{name}" to exclude')
     attention = kv_cache.attention_modules(model) if recipe.kv_cache == "fp8" else ()
-    return Targets(groups_of(formats, names), tuple(excluded), attention)
+    stays = {*excluded, *backbone.outside}
+    return Targets(groups_of(formats, names), tuple(name for name in linears if name in stays), attention)
 
 
 def groups_of(formats: dict[str, Format], linears: tuple[str, ...]) -> tuple[FusedGroup, ...]:
@@ -171,17 +178,33 @@ def _group_name(name: str, linears: tuple[str, ...]) -> str:
     return name
 
 
-def _matching(linears: tuple[str, ...], patterns: tuple[str, ...], key: str) -> list[str]:
+def _matching(backbone: Backbone, patterns: tuple[str, ...], key: str) -> list[str]:
+    linears = backbone.linears
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in linears):
+        if not any(_fits(name, pattern, backbone) for name in linears):
             near = difflib.get_close_matches(pattern, linears, n=3, cutoff=0.3) or list(linears[:3])
             raise RecipeError(f'{key} pattern "{pattern}" matches no linear layer of the model; near names: {", ".join(near)}')
-    return [name for name in linears if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in linears if any(_fits(name, pattern, backbone) for pattern in patterns)]
 
 
-def _refuse_expert_stacks(model: nn.Module) -> None:
+def _fits(name: str, pattern: str, backbone: Backbone) -> bool:
+    """Whether a pattern matches a name, or the name as the language model inside calls it: "lm_head" is its output head."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name.removeprefix(f"{backbone.speaker}."), pattern)
+
+
+def _require_effect(backbone: Backbone, patterns: tuple[str, ...], key: str) -> None:
+    for pattern in patterns:
+        outside = [name for name in backbone.outside if fnmatchcase(name, pattern)]
+        if outside and not any(_fits(name, pattern, backbone) for name in backbone.linears):
+            raise RecipeError(
+                f'{key} pattern "{pattern}" has no effect: it matches {outside[0]}, which is outside the language backbone '
+                f"({backbone.decoder}) and stays BF16 whatever the recipe says; remove the pattern"
+            )
+
+
+def _refuse_expert_stacks(model: nn.Module, backbone: Backbone) -> None:
     for module_name, module in model.named_modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or not is_in(module_name, backbone.decoder):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3:

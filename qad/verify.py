@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from qad.architecture import Architecture, architecture_of
 from qad.errors import CheckpointError
 from qad.layouts import CACHE_NAMES, NAMES, Names, Scheme, disagreements
 from qad.nvfp4 import BLOCK_SIZE
@@ -77,7 +77,7 @@ def verify(folder: Path, *, tensor_parallel: int = 1) -> Verification:
         checks.parallel(tensor_parallel)
     formats = {format: sum(found.format == format for found in checks.found.values()) for format in ("nvfp4", "fp8")}
     n_left = len(set(checks.linears) - set(checks.found))
-    return Verification(tuple(checks.problems), {f: n for f, n in formats.items() if n}, n_left, checks.meta_model is None)
+    return Verification(tuple(checks.problems), {f: n for f, n in formats.items() if n}, n_left, checks.architecture is None)
 
 
 @dataclass
@@ -105,25 +105,23 @@ class _Checks:
         return NAMES[self.scheme.layout]
 
     @cached_property
-    def meta_model(self) -> nn.Module | None:
-        """The architecture on shapes without weights; None where transformers does not know it."""
-        from transformers import AutoConfig, AutoModelForCausalLM
+    def architecture(self) -> Architecture | None:
+        """What transformers knows of it; None where it does not know it."""
+        decoded = {f"{name}.weight" for name in self.found}
+        return architecture_of(self.config, decoded | {key for key in self.files.where if key not in self.packed})
 
-        plain = {key: value for key, value in self.config.items() if key not in ("quantization_config", "auto_map")}
-        try:
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(AutoConfig.for_model(**plain))
-        except (KeyError, ValueError, AttributeError, ImportError):
-            return None
+    @cached_property
+    def packed(self) -> set[str]:
+        """The tensors of quantized layers and of the KV cache."""
+        layers = {name + suffix for name in self.found for suffix in self.names.all}
+        return layers | {key for key in self.files.where if key.endswith(CACHE_NAMES[self.scheme.layout])}
 
     @cached_property
     def linears(self) -> tuple[str, ...]:
         """Names of the linear layers, experts of their own included."""
         experts = {name for name in self.found if _EXPERT.match(name)}
-        if self.meta_model is not None:
-            return tuple(
-                [name for name, module in self.meta_model.named_modules() if isinstance(module, nn.Linear)] + sorted(experts)
-            )
+        if self.architecture is not None:
+            return (*self.architecture.linears, *sorted(experts))
         plain = [
             key.removesuffix(".weight")
             for key in self.files.where
@@ -182,12 +180,13 @@ class _Checks:
             elif expected[1] != layer.has_input:
                 said, has = ("W4A4", "no") if expected[1] else ("weights only", "an")
                 self._add(f"{name}: the config says {said} but it has {has} input scale")
+        own = {} if self.architecture is None else self.architecture.linears
         for name in self.linears:
-            if name not in self.found and self.scheme.group_of(name) is not None:
+            if name not in self.found and self.scheme.group_of(name, own.get(name, name)) is not None:
                 self._add(f"{name}: is neither quantized nor excluded: the config says that it is packed, its tensor is not")
         modules = {key.rpartition(".")[0] for key in self.files.where}
-        if self.meta_model is not None:
-            modules |= {name for name, _ in self.meta_model.named_modules() if name}
+        if self.architecture is not None:
+            modules |= {name for name, _ in self.architecture.model.named_modules() if name} | set(self.linears)
         for pattern in self.scheme.ignored:
             if not any(self.scheme.is_match(pattern, name) for name in modules):
                 self._add(f'excluded name "{pattern}" matches nothing in the checkpoint: is it misspelt, or of another model?')
@@ -218,7 +217,7 @@ class _Checks:
             match = _EXPERT.match(name)
             if match:
                 layers[match["layer"]][int(match["index"])].add(match["projection"])
-        for name, module in self.meta_model.named_modules() if self.meta_model is not None else ():
+        for name, module in self.architecture.model.named_modules() if self.architecture is not None else ():
             is_stack = name.endswith(".experts") and any(p.ndim == 3 for p in module.parameters(recurse=False))
             if (
                 is_stack
@@ -257,7 +256,8 @@ class _Checks:
             self._add(
                 f"the config {'asks for' if self.scheme.kv_cache else 'has no'} FP8 KV cache but {len(names)} attention layers have scales for it"
             )
-        attention = {name.rpartition(".")[0] for name in self.linears if name.endswith(".k_proj")}
+        guessed = {name.rpartition(".")[0] for name in self.linears if name.endswith(".k_proj")}
+        attention = guessed if self.architecture is None else self.architecture.attention
         for name in sorted(names | (attention if names else set())):
             for suffix in suffixes:
                 if name not in scaled[suffix]:
@@ -267,13 +267,11 @@ class _Checks:
 
     def model(self) -> None:
         """Shapes and completeness against the architecture."""
-        if self.meta_model is None:
+        if self.architecture is None:
             return
-        expected = {name: tuple(tensor.shape) for name, tensor in self.meta_model.state_dict().items()}
+        expected = self.architecture.shapes
         stored = set(self.files.where)
-        packed = {name + suffix for name in self.found for suffix in self.names.all}
-        packed |= {k for k in stored if k.endswith(CACHE_NAMES[self.scheme.layout])}
-        tied = {"lm_head.weight"} if self.config.get("tie_word_embeddings") else set()
+        tied = self.architecture.tied
         for key, shape in expected.items():
             name = key.removesuffix(".weight")
             if ".experts." in key or len(shape) == 3:
@@ -286,13 +284,11 @@ class _Checks:
                 self._add(f"{key}: missing; the architecture has it with shape {shape}")
             elif key in stored and self.files.shape(key) != shape:
                 self._add(f"{key}: has shape {self.files.shape(key)}, the architecture has {shape}")
-            elif (
-                key in stored and self.files.dtype(key) not in _FLOATS and self.meta_model.state_dict()[key].is_floating_point()
-            ):
+            elif key in stored and self.files.dtype(key) not in _FLOATS and self.architecture.are_floats[key]:
                 self._add(f"{key}: is {self.files.dtype(key)}; what is not packed is {', '.join(_FLOATS)}")
-        for key in sorted(stored - packed - set(expected)):
+        for key in sorted(stored - self.packed - set(expected)):
             if ".experts." not in key and not key.endswith("rotary_emb.inv_freq") and not self._is_scale(key):
-                self._add(f"{key}: left over; {type(self.meta_model).__name__} has no such tensor")
+                self._add(f"{key}: left over; {type(self.architecture.model).__name__} has no such tensor")
 
     def parallel(self, count: int) -> None:
         """Widths that `count` devices would cut off a multiple of a block."""

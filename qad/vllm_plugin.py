@@ -1,8 +1,8 @@
 """The entry point of vLLM's plug-ins (group `vllm.general_plugins`), called in every vLLM process of an environment.
 
-It does nothing, and imports nothing, unless the variable QAD_VLLM_KERNELS asks for kernels of ours: an installed plug-in must
-not change what other vLLM processes compute. The kernels themselves are in `qad._vllm`. vLLM logs and skips a plug-in that
-raises; whoever needs the kernels reads them from the loaded model.
+It does nothing, and imports nothing, unless the variable QAD_VLLM_KERNELS asks for kernels of ours, or QAD_VLLM_IMAGES for image
+processors that do without torchvision: an installed plug-in must not change what other vLLM processes compute. The kernels
+themselves are in `qad._vllm`. vLLM logs and skips a plug-in that raises; whoever needs the kernels reads them from the loaded model.
 """
 
 from __future__ import annotations
@@ -10,15 +10,22 @@ from __future__ import annotations
 import os
 
 VARIABLE = "QAD_VLLM_KERNELS"
+IMAGES = "QAD_VLLM_IMAGES"
+"""Set to 1, every vLLM process of ours finds the image processors of `qad.image_processors`; empty or missing: nothing changes."""
 CHOICES = ("w4a4_emulation", "w4a16")
 
 
 def register() -> None:
-    """Make vLLM compute NVFP4 linear layers with the kernels that QAD_VLLM_KERNELS asks for. Calling it again changes nothing.
+    """Make vLLM compute NVFP4 linear layers with the kernels that QAD_VLLM_KERNELS asks for, and find the image processors that
+    QAD_VLLM_IMAGES asks for. Calling it again changes nothing.
 
     Raises:
         ValueError: the variable is set to something else than one of CHOICES.
     """
+    if os.environ.get(IMAGES):
+        from qad.image_processors import allow_without_torchvision
+
+        allow_without_torchvision()
     asked = os.environ.get(VARIABLE, "")
     if not asked:
         return

@@ -6,11 +6,12 @@ Rank 0 writes what each case found to FOLDER/<case>.json. The tests run the same
 import copy
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from training_checks import Recorder, batches_for, inputs_of, settings
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
 from qad import ranks
 from qad.batch import Batch
@@ -53,26 +54,71 @@ CASES = {
     "resumed": {"train": "all", "n_steps": 10, "resume": True},
     "nan": {"nan": True},
     "adafactor": {"optimizer": "adafactor"},
+    "images": {"sees": True, "recipe": Recipe()},
+    "images_all": {"sees": True, "train": "all", "activation_checkpointing": True, "n_steps": 10},
 }
 
 
-def models(dtype, recipe, tied):
+IMAGE = VOCABULARY - 1
+
+
+def model(tied, sees):
+    config = LlamaConfig(**(SIZES | {"tie_word_embeddings": tied}))
+    if not sees:
+        return LlamaForCausalLM(config)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = tower | {"image_size": 8, "patch_size": 4, "initializer_range": 0.2}
+    return Idefics3ForConditionalGeneration(
+        Idefics3Config(
+            text_config=config,
+            vision_config=vision,
+            scale_factor=2,
+            image_token_id=IMAGE,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+        )
+    )
+
+
+def seeing(batch, generator):
+    """The same with an image of one token in its first row: other rows, and so other ranks, have none."""
+    ids = batch.input_ids.clone()
+    ids[ids == IMAGE] = 5
+    ids[0, 2] = IMAGE
+    pixels = torch.randn(1, 1, 3, 8, 8, generator=generator)
+    return Batch(ids, batch.attention_mask, batch.loss_mask, None, {"pixel_values": pixels}, ids == IMAGE)
+
+
+def models(dtype, recipe, tied, sees):
     """Teacher and quantized student, the same in every process; its modules, and batches of three rows."""
     torch.manual_seed(0)
-    teacher = LlamaForCausalLM(LlamaConfig(**(SIZES | {"tie_word_embeddings": tied}))).to(torch.bfloat16).to(dtype).eval()
+    teacher = model(tied, sees).to(torch.bfloat16).to(dtype).eval()
     student = copy.deepcopy(teacher)
     batches = batches_for(60, vocabulary=VOCABULARY, length=24, rows=3)
-    amax = calibrate(teacher, recipe, inputs_of(batches[:4])) if recipe.activations or recipe.kv_cache == "fp8" else None
+    if sees:
+        generator = torch.Generator().manual_seed(0)
+        batches = [seeing(batch, generator) for batch in batches]
+    amax = (
+        calibrate(
+            teacher,
+            recipe,
+            [inputs | batch.image_inputs for inputs, batch in zip(inputs_of(batches), batches[:4], strict=False)],
+        )
+        if recipe.activations or recipe.kv_cache == "fp8"
+        else None
+    )
     return teacher, student, quantize_model(student, recipe, amax), batches
 
 
 def rows_of(batches: list[Batch]) -> list[Batch]:
-    """One batch a row."""
-    return [
-        Batch(b.input_ids[i : i + 1], b.attention_mask[i : i + 1], b.loss_mask[i : i + 1])
-        for b in batches
-        for i in range(len(b.input_ids))
-    ]
+    """One batch a row; an image belongs to the first."""
+    return [_row(batch, i) for batch in batches for i in range(len(batch.input_ids))]
+
+
+def _row(batch: Batch, i: int) -> Batch:
+    row = Batch(*(each[i : i + 1] for each in (batch.input_ids, batch.attention_mask, batch.loss_mask)))
+    is_image = None if batch.is_image is None else batch.is_image[i : i + 1]
+    return replace(row, is_image=is_image, image_inputs=batch.image_inputs if i == 0 else {})
 
 
 def run_case(
@@ -88,11 +134,12 @@ def run_case(
     nan=False,
     split=rows_of,
     tied=True,
+    sees=False,
     keep=None,
     **given,
 ):
     """Train as `name` says: losses, gradient norms, validations, shapes of the snapshot and of the `keep` candidates, or the error."""
-    teacher, student, modules, batches = models(dtype, recipe, tied)
+    teacher, student, modules, batches = models(dtype, recipe, tied, sees)
     if nan:
         batches[4].input_ids[1, 3] = 7
         for batch in (*batches[:4], *batches[5:]):

@@ -59,6 +59,8 @@ AT_TWO = [
     "resumed",
     "nan",
     "adafactor",
+    "images",
+    "images_all",
 ]
 AT_THREE = ["quantized", "all", "learned", "fp8", "resumed"]
 
@@ -107,8 +109,10 @@ def require_same_run(found, expected, tolerance=OVER_20_STEPS):
     assert expected["losses"][-1] != pytest.approx(expected["losses"][0], rel=10 * tolerance)  # training did something
 
 
-@pytest.mark.parametrize("name", ["quantized", "all", "learned", "scales", "w4a4", "fp8", "ce", "checkpointing"])
-def test_two_ranks_find_the_losses_of_one_over_20_steps(two, alone, name):
+@pytest.mark.parametrize(
+    "name", ["quantized", "all", "learned", "scales", "w4a4", "fp8", "ce", "checkpointing", "images", "images_all"]
+)
+def test_two_ranks_find_the_losses_of_one(two, alone, name):
     require_same_run(two[0][name], alone(name))
 
 
