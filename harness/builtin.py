@@ -10,13 +10,16 @@ import importlib.util
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.data import SPLITS, Sequence, split_of
 from harness.dialogues import Turn, cut_text, render_dialogue
 from harness.errors import DataError
 from harness.schema_data import SHORTEST_TEXT
 from harness.tasks.world import facts
+
+if TYPE_CHECKING:
+    from harness.processor import Processor
 
 N_DIALOGUE_TURNS = 1600
 
@@ -26,8 +29,12 @@ def builtin_fingerprint() -> str:
     return hashlib.sha256(_topics_file().read_bytes()).hexdigest()
 
 
-def builtin_sequences(tokenizer: Any, *, seq_len: int, seed: int, eos_ids: set[int]) -> dict[str, list[Sequence]]:
+def builtin_sequences(
+    tokenizer: Any, *, seq_len: int, seed: int, eos_ids: set[int], processor: Processor | None = None
+) -> dict[str, list[Sequence]]:
     """Sequences of the builtin source by split, each split in an order given by hashes.
+
+    processor: of an image-text model.
 
     Raises:
         DataError: the tokenizer has no chat template, or one whose rendering of a dialogue does not begin with the
@@ -35,7 +42,7 @@ def builtin_sequences(tokenizer: Any, *, seq_len: int, seed: int, eos_ids: set[i
     """
     by_split: dict[str, list[Sequence]] = {name: [] for name in SPLITS}
     for split, turns in _turns_by_split(seed).items():
-        by_split[split] += _dialogues(tokenizer, turns, seq_len, eos_ids)
+        by_split[split] += _dialogues(tokenizer, turns, seq_len, eos_ids, processor)
     for text in natural_texts():
         for piece in cut_text(tokenizer, text, seq_len=seq_len, shortest=SHORTEST_TEXT):
             by_split[split_of(repr(piece.token_ids))].append(piece)
@@ -99,18 +106,20 @@ def _turns_by_split(seed: int) -> dict[str, list[Turn]]:
     return by_split
 
 
-def _dialogues(tokenizer: Any, turns: list[Turn], seq_len: int, eos_ids: set[int]) -> Iterator[Sequence]:
+def _dialogues(
+    tokenizer: Any, turns: list[Turn], seq_len: int, eos_ids: set[int], processor: Processor | None
+) -> Iterator[Sequence]:
     """As many turns in one dialogue as fit; a turn that fits nowhere is left out."""
     current: list[Turn] = []
     done: Sequence | None = None
     for turn in turns:
-        longer = render_dialogue(tokenizer, [*current, turn], eos_ids)
+        longer = render_dialogue(tokenizer, [*current, turn], eos_ids, processor=processor)
         if len(longer) <= seq_len:
             current, done = [*current, turn], longer
             continue
         if done is not None:
             yield done
-        alone = render_dialogue(tokenizer, [turn], eos_ids)
+        alone = render_dialogue(tokenizer, [turn], eos_ids, processor=processor)
         current, done = ([turn], alone) if len(alone) <= seq_len else ([], None)
     if done is not None:
         yield done

@@ -2,7 +2,8 @@
 
 A *sequence* is at most `seq_len` token ids with a response mask: in a dialogue the assistant's tokens, in plain text
 all. Its split is the hash of its own text, never of its source: the same prompt, chat or whole text of a row is in one split wherever
-it stands, and no split moves when a source grows or is mixed with another.
+it stands, and no split moves when a source grows or is mixed with another. A chat with images is in the split of the digest of its first one,
+and so is everything that is asked about it.
 
 The exception is text that is cut before it is hashed. Pieces of the builtin manual and of random tokens are hashed one by one, by their
 token ids; rows of plain text by the whole text of the row. So neighbouring pieces of one section of the manual are in several splits,
@@ -14,16 +15,19 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from harness.images import Image
+
 SPLITS = {"train": 60, "validation": 5, "calibration": 10, "diagnostics": 25}
 """Shares of the splits in percent."""
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """Token ids and, for each, whether it is part of a response."""
+    """Token ids and, for each, whether it is part of a response; the images that some of them stand for, in order."""
 
     token_ids: tuple[int, ...]
     is_response: tuple[bool, ...]
+    images: tuple[Image, ...] = ()
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from harness.schema_data import SOURCES, Bos, Builtin, Data, Generated, Hub, Jsonl, Mix, Rows, Teacher
+from harness.schema_data import SOURCES, Bos, Builtin, Data, Drawings, Generated, Hub, Jsonl, Mix, Rows, Teacher
 from harness.task_files import gives_answers
 
 if TYPE_CHECKING:
@@ -68,9 +68,11 @@ def diagnostics_mistakes(file: File) -> Iterator[tuple[str, str]]:
         yield "diagnostics.data", f'missing; on = "text" measures on the held-out split of a data set: {", ".join(file.data)}'
     if given.on == "answers" and given.data is not None:
         yield "diagnostics.data", 'has no effect with on = "answers", which measures on answers to the tasks; remove it'
-    if given.on == "answers" and all(gives_answers(task.name, task.path) is False for task in file.task):
-        scored = ", ".join(task.name for task in file.task)
-        why = f"{scored}: scored by likelihood" if scored else "there is none"
+    if given.on == "answers" and all(
+        task.pictures == "grey" or gives_answers(task.name, task.path) is False for task in file.task
+    ):
+        whys = {"shown": "scored by likelihood", "grey": "a control with grey pictures"}
+        why = ", ".join(f"{task.name}: {whys[task.pictures]}" for task in file.task) or "there is none"
         yield "diagnostics.on", f'"answers" needs a [[task]] whose answers are generated ({why}); add one, or set on = "text"'
 
 
@@ -122,6 +124,7 @@ def _row_mistakes(where: str, section: Rows) -> Iterator[Mistake]:
         return
     if formats == ["prompt"] and section.response is None:
         yield f"{where}.response", "missing; a prompt needs the field of its response", None
+    yield from _image_key_mistakes(where, section)
     of_prompts = {"response", "chat"}
     without_effect = {"messages": of_prompts, "text": of_prompts | {"too_long"}, "prompt": set[str]()}[formats[0]]
     for key in sorted(without_effect & given):
@@ -129,6 +132,17 @@ def _row_mistakes(where: str, section: Rows) -> Iterator[Mistake]:
         yield f"{where}.{key}", f"has no effect with {formats[0]}: {why}; remove it", None
     if section.shortest > section.seq_len:
         yield f"{where}.min_tokens", f"found {section.shortest}; allowed: at most seq_len = {section.seq_len}", None
+
+
+def _image_key_mistakes(where: str, section: Rows) -> Iterator[Mistake]:
+    if section.images is None:
+        return
+    if section.text is not None:
+        yield f"{where}.images", "has no effect with text: images belong to a chat; use messages, or prompt with response", None
+    if not section.chat:
+        yield f"{where}.chat", "found false, with images; their places are written by the chat template: remove it", None
+    if section.images in (section.messages, section.prompt, section.response):
+        yield f"{where}.images", f'"{section.images}" is the field of the text; name the field that holds the images', None
 
 
 def _mix_mistakes(name: str, section: Mix, data: Mapping[str, Data]) -> Iterator[Mistake]:
@@ -164,10 +178,10 @@ def _generation_mistakes(where: str, section: Generated, data: Mapping[str, Data
         yield f"{where}.scorer", 'has no effect with keep = "all"; remove it', None
     prompts = data.get(section.prompts)
     if prompts is not None and not (
-        isinstance(prompts, Builtin) or (isinstance(prompts, Hub | Jsonl) and prompts.text is None)
+        isinstance(prompts, Builtin | Drawings) or (isinstance(prompts, Hub | Jsonl) and prompts.text is None)
     ):
         yield (
             f"{where}.prompts",
-            f'"{section.prompts}" has no prompts; allowed: a section with source = "builtin", or rows with messages or prompt',
+            f'"{section.prompts}" has no prompts; allowed: a section with source = "builtin" or "drawings", or rows with messages or prompt',
             None,
         )

@@ -15,7 +15,8 @@ from harness.generation import Ask, generate
 from harness.journal import Journal
 from harness.models import folder_fingerprint
 from harness.plan import Stage
-from harness.provenance import device_kind
+from harness.processor import Processor
+from harness.provenance import device_kind, what_opens_images
 from harness.schema import Engine
 from harness.schema_data import Builtin, Generated
 from harness.sources import Surroundings, write_source
@@ -26,7 +27,10 @@ from qad.checkpoint import Loaded
 
 @dataclass(frozen=True)
 class DataWork:
-    """What the stage is done with: the BF16 model's folder, its tokenizer and a way to load it, and where responses are kept."""
+    """What the stage is done with: the BF16 model's folder, its tokenizer and a way to load it, and where responses are kept.
+
+    processor: of an image-text model, whose tokenizer is `tokenizer` then. trust_remote_code: as the suite says of the model.
+    """
 
     model: Path
     tokenizer: Any
@@ -34,6 +38,13 @@ class DataWork:
     parts: list[Path]
     journals: Path
     store: Store
+    processor: Processor | None = None
+    trust_remote_code: bool = False
+
+
+def serving_of(section: Generated, work: DataWork) -> Serving:
+    """What serves the model that a section's text is written by."""
+    return Serving(Engine(kind=section.engine, args=section.engine_args), trust_remote_code=work.trust_remote_code)
 
 
 def make_data(stage: Stage, folder: Path, work: DataWork, advance: Callable[[int, int, str], None]) -> dict[str, Any]:
@@ -47,7 +58,7 @@ def make_data(stage: Stage, folder: Path, work: DataWork, advance: Callable[[int
     parts = [{split: StoredSequences(part, split) for split in SPLITS} for part in work.parts]
 
     def write_generated(section: Generated, asks: Iterator[Ask], writer: TokenWriter) -> dict[str, Any]:
-        with contextlib.closing(Serving(Engine(kind=section.engine, args=section.engine_args))) as serving:
+        with contextlib.closing(serving_of(section, work)) as serving:
             serving.require(work.model)
             engine = serving.engine(stage.inputs["model"].key, work.model, work.load)
             protocol = {
@@ -56,6 +67,7 @@ def make_data(stage: Stage, folder: Path, work: DataWork, advance: Callable[[int
                 "kernels": engine.kernels,
                 "device": device_kind(),
                 **stage.sections["generation"],
+                **what_opens_images(source.asks_about_images),
                 **engine.protocol,
             }
             with Journal(work.journals, protocol) as journal:
@@ -67,9 +79,11 @@ def make_data(stage: Stage, folder: Path, work: DataWork, advance: Callable[[int
                     engine=engine,
                     journal=journal,
                     on_progress=lambda done, total: advance(done, total, ""),
+                    processor=work.processor,
                 )
 
-    given = Surroundings(work.tokenizer, loading.eos_ids(work.model, work.tokenizer), parts, write_generated)
+    eos_ids = loading.eos_ids(work.model, work.tokenizer)
+    given = Surroundings(work.tokenizer, eos_ids, parts, write_generated, work.processor)
     with TokenWriter(folder, salt=salt) as writer:
         found = write_source(source, writer, given)
     return {"splits": writer.counts, **found}

@@ -10,21 +10,25 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.answering import answer_requests
 from harness.data import Sequence, split_of
-from harness.dialogues import RowError, Turn, end_of_turn, render_prompt
+from harness.dialogues import RowError, Turn, encode_prompt, end_of_turn, n_places, render_prompt, require_template
 from harness.engines import Answer, Engine, Failure, Request, Sampling
 from harness.errors import DataError, EngineError
+from harness.images import FOLDER, Image
 from harness.journal import Journal
-from harness.rows import FilteredRows, chat_of, text_of
+from harness.row_chats import Message
+from harness.rows import FilteredRows, chat_and_images, place_of
 from harness.schema_data import Bos, Generated, Teacher
 from harness.scorers import SCORERS
 
 if TYPE_CHECKING:
+    from harness.processor import Processor
     from harness.token_store import TokenWriter
 
 ROUND = {"hf": 128, "vllm": 2048}
@@ -35,7 +39,8 @@ ROUND = {"hf": 128, "vllm": 2048}
 class Ask:
     """A prompt: its place in the source, its tokens, the text that decides its split, and the reference response.
 
-    text is None where the response itself decides. fail: told why the prompt could not be asked.
+    text is None where the response itself decides; with images it is the digest of the first. fail: told why the prompt could not be asked.
+    images, unexpanded_ids, messages: as in a `Request`.
     """
 
     number: int
@@ -43,26 +48,49 @@ class Ask:
     text: str | None = None
     reference: str = ""
     fail: Callable[[int, str], None] | None = None
+    images: tuple[Image, ...] = ()
+    unexpanded_ids: tuple[int, ...] = ()
+    messages: tuple[Message, ...] = ()
 
 
-def turn_ask(number: int, turn: Turn, tokenizer: Any) -> Ask:
+def turn_ask(number: int, turn: Turn, tokenizer: Any, *, processor: Processor | None = None) -> Ask:
     """A labelled question as a prompt."""
-    token_ids = render_prompt(tokenizer, [{"role": "user", "content": turn.question}])
+    token_ids = render_prompt(tokenizer, [{"role": "user", "content": turn.question}], processor=processor)
     return Ask(number, token_ids, turn.question, turn.answer)
 
 
-def row_asks(rows: FilteredRows, tokenizer: Any) -> Iterator[Ask]:
-    """The beginning of each row's chat, up to its first assistant turn; rows that have none are counted as failed."""
+def row_asks(
+    rows: FilteredRows, tokenizer: Any, *, processor: Processor | None = None, images: Path = Path(FOLDER)
+) -> Iterator[Ask]:
+    """The beginning of each row's chat, up to its first assistant turn; rows that have none are counted as failed.
+
+    processor: of an image-text model. images: the folder where images are kept.
+    """
+    if rows.section.images is not None:
+        require_template(tokenizer, processor)
     for number, row in rows:
         try:
-            messages = chat_of(row, rows.section)
+            messages, found = chat_and_images(row, rows, images)
             answered = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
             end = answered[0] if answered else len(messages)
             reference = messages[end]["content"] if answered else ""
-            yield Ask(number, render_prompt(tokenizer, messages[:end]), text_of(messages), reference, rows.fail)
+            asked = Ask(number, (), place_of(messages, found), reference, rows.fail)
+            prompt = messages[:end]
+            shown = found[: n_places(prompt)]
+            if processor is not None and shown:
+                yield image_ask(asked, prompt, shown, processor)
+            else:
+                yield replace(asked, token_ids=render_prompt(tokenizer, prompt, processor=processor))
         except RowError as error:
             rows.fail(number, str(error))
     rows.finish()
+
+
+def image_ask(ask: Ask, messages: list[Message], images: tuple[Image, ...], processor: Processor) -> Ask:
+    """`ask` with a prompt about images. RowError if the processor refuses it."""
+    encoded = encode_prompt(processor, messages, images)
+    ids, unexpanded = encoded.token_ids, encoded.unexpanded_ids
+    return replace(ask, token_ids=ids, images=images, unexpanded_ids=unexpanded, messages=tuple(messages))
 
 
 def bos_asks(name: str, tokenizer: Any) -> Iterator[Ask]:
@@ -83,8 +111,11 @@ def generate(
     engine: Engine,
     journal: Journal,
     on_progress: Callable[[int, int], None],
+    processor: Processor | None = None,
 ) -> dict[str, Any]:
     """Ask, keep and append until the section's budget is full; what became of the responses.
+
+    processor: of an image-text model.
 
     Raises:
         DataError: the prompts end, or a whole round keeps nothing, before there are `tokens` tokens.
@@ -94,7 +125,8 @@ def generate(
     limit = section.n_prompts if isinstance(section, Teacher) else None
     budget = section.tokens if isinstance(section, Teacher | Bos) else None
     counts, kept = Counter[str](), 0
-    end_token = end_of_turn(engine.tokenizer, set(engine.eos_ids))
+    end_token = end_of_turn(engine.tokenizer, set(engine.eos_ids), processor=processor)
+    never = None if processor is None else processor.image_token_id
     pending = islice(asks, limit)
     while budget is None or kept < budget:
         members = [(ask, i) for ask in islice(pending, max(1, ROUND[section.engine] // samples)) for i in range(samples)]
@@ -102,6 +134,9 @@ def generate(
             break
         before = kept
         for ask, answer in _answers(section, members, engine, journal, counts):
+            if never in answer.token_ids:
+                counts["with_an_image_token"] += 1
+                continue
             sequence = _sequence(section, ask, answer, end_token, counts)
             if sequence is None:
                 continue
@@ -138,6 +173,9 @@ def _answers(
             sampling=sampling,
             repeat=sample,
             seed=seed_of(section.seed, ask.number, sample) if section.temperature > 0 else None,
+            images=ask.images,
+            unexpanded_ids=ask.unexpanded_ids,
+            messages=ask.messages,
         )
         for ask, sample in fitting
     ]
@@ -177,7 +215,7 @@ def _sequence(section: Generated, ask: Ask, answer: Answer, end_token: int | Non
     token_ids = (*ask.token_ids, *response)[: section.seq_len]
     counts["kept"] += 1
     counts["truncated"] += len(token_ids) < len(ask.token_ids) + len(response)
-    return Sequence(token_ids, tuple(i >= len(ask.token_ids) for i in range(len(token_ids))))
+    return Sequence(token_ids, tuple(i >= len(ask.token_ids) for i in range(len(token_ids))), ask.images)
 
 
 def _require_enough(name: str, section: Generated, kept: int, counts: Counter[str]) -> None:

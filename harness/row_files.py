@@ -12,35 +12,43 @@ import csv
 import glob
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from harness.errors import DataError
 from harness.hub import reading_hub
 from harness.models import mirror_folder
+from harness.row_images import picture_files
 from harness.schema_data import Hub, Jsonl
 from harness.store import Store
 
 SUFFIXES = (".jsonl", ".parquet")
+ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class RowFiles:
-    """Files in reading order; none of them for a hub set that is streamed. fingerprint: changes with every byte of the rows."""
+    """Files in reading order; none of them for a hub set that is streamed.
+
+    fingerprint: changes with every byte of the rows, and of the pictures that rows with images may name.
+    folder: where those pictures are, if rows have images.
+    """
 
     files: tuple[Path, ...]
     fingerprint: str
+    folder: Path | None = None
 
 
 def find_rows(name: str, section: Hub | Jsonl, store: Store) -> RowFiles:
     """Find the rows of `[data.<name>]`; DataError if they are nowhere. A file is read only to make its digest, once."""
     if isinstance(section, Jsonl):
-        return _files(_local(name, section), store)
+        return _files(name, section, _local(name, section), store)
     mirror = mirror_folder(section.path)
     if mirror is not None:
-        return _files(_mirrored(name, section, mirror), store)
+        return _files(name, section, _mirrored(name, section, mirror), store)
     if section.revision is None:
         raise DataError(
             f"data.{name}.revision: missing; {section.path} is not in the mirror (HARNESS_MIRROR), and from the hub it needs the "
@@ -55,18 +63,42 @@ def read_rows(name: str, section: Hub | Jsonl, found: RowFiles) -> Iterator[dict
         assert isinstance(section, Hub)
         yield from _streamed(name, section)
     for path in found.files:
-        yield from file_rows(path)
+        yield from file_rows(path, at_once=ROWS_AT_ONCE if section.images is None else 1)
 
 
-def file_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of one .jsonl, .parquet or .csv file (first line: the columns; every value is text), in order; DataError if it has none."""
-    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}
+def file_rows(path: Path, *, at_once: int = ROWS_AT_ONCE) -> Iterator[dict[str, Any]]:
+    """Rows of one .jsonl, .parquet or .csv file (first line: the columns; every value is text), in order; DataError if it has none.
+
+    at_once: how many rows of a parquet file are unpacked in memory, beside the row group that they are read from.
+    """
+    readers: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
+        ".jsonl": _jsonl_rows,
+        ".parquet": partial(_parquet_rows, at_once=at_once),
+        ".csv": _csv_rows,
+    }
     yield from readers[path.suffix](path)
 
 
-def _files(paths: list[Path], store: Store) -> RowFiles:
-    digests = [store.file_digest(path) for path in paths]
-    return RowFiles(tuple(paths), "files:" + hashlib.sha256(json.dumps(digests).encode()).hexdigest())
+def _files(name: str, section: Hub | Jsonl, paths: list[Path], store: Store) -> RowFiles:
+    digests = store.digests_of(paths)
+    folder = None
+    if section.images is not None:
+        folder = _common_folder(name, paths)
+        pictures = picture_files(folder)
+        names = [str(path.relative_to(folder)) for path in pictures]
+        digests += [f"{name} {digest}" for name, digest in zip(names, store.digests_of(pictures), strict=True)]
+    return RowFiles(tuple(paths), "files:" + hashlib.sha256(json.dumps(digests).encode()).hexdigest(), folder)
+
+
+def _common_folder(name: str, paths: list[Path]) -> Path:
+    folders = {path.parent for path in paths}
+    if len(folders) > 1:
+        first, second, *_ = sorted(folders)
+        raise DataError(
+            f"data.{name}.path: files in {first} and {second}; paths of images are relative to the folder of the rows, and it must be one: "
+            "make a section of each and mix them"
+        )
+    return folders.pop()
 
 
 def _local(name: str, section: Jsonl) -> list[Path]:
@@ -120,13 +152,14 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet_rows(path: Path, *, at_once: int) -> Iterator[dict[str, Any]]:
     from pyarrow import ArrowException, parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
+            for group in range(file.num_row_groups):  # one by one, or the next ones are read ahead
+                for batch in file.iter_batches(batch_size=at_once, row_groups=[group]):
+                    yield from batch.to_pylist()
     except (ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
@@ -150,9 +183,12 @@ def _streamed(name: str, section: Hub) -> Iterator[dict[str, Any]]:
 
     try:
         with reading_hub():
-            yield from datasets.load_dataset(
+            rows = datasets.load_dataset(
                 section.path, section.subset, split=section.split, revision=section.revision, streaming=True
             )
+            if section.images is not None and rows.features is not None:
+                rows = rows.decode(False)  # bytes as they are in the set, and not what another decoder makes of them
+            yield from rows
     except (OSError, ValueError) as error:  # what datasets raises without a network, and for unknown names and subsets
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(

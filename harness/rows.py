@@ -2,22 +2,36 @@
 
 A row that cannot be written is counted and never passed over in silence: the first few are named with their numbers, and above
 the section's `max_failed` they are an error. A row belongs to the split of its own text: of its prompt or its first user turn,
-so that two answers to one question never part, or of its whole plain text.
+so that two answers to one question never part, or of its whole plain text; one with images to that of its first image, whatever is asked
+about it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.data import Sequence, split_of
-from harness.dialogues import RowError, cut_text, render_messages, render_plain
+from harness.dialogues import (
+    RowError,
+    cut_text,
+    has_template,
+    render_messages,
+    render_plain,
+    require_no_image_token,
+    require_template,
+)
 from harness.errors import DataError
+from harness.images import Image
+from harness.row_chats import Message, chat_of, text_in, text_of, with_places
+from harness.row_images import images_of
 from harness.schema_data import Rows
 
 if TYPE_CHECKING:
+    from harness.processor import Processor
     from harness.token_store import TokenWriter
 
 N_NAMED = 5
@@ -31,7 +45,7 @@ _MOST_VALUES = 10_000
 
 @dataclass
 class RowCounts:
-    """What became of the rows of a section, and of the sequences made from them."""
+    """What became of the rows of a section, and of the sequences made from them. text_only: of a section with images, rows without any."""
 
     read: int = 0
     filtered_out: int = 0
@@ -40,14 +54,19 @@ class RowCounts:
     too_long: int = 0
     truncated: int = 0
     too_short: int = 0
+    with_images: int = 0
+    text_only: int = 0
     failures: list[str] = field(default_factory=list)
 
 
 class FilteredRows:
-    """The rows of `[data.<name>]` that pass its `where`, with their numbers, the first being 1; counts what the caller reports."""
+    """The rows of `[data.<name>]` that pass its `where`, with their numbers, the first being 1; counts what the caller reports.
 
-    def __init__(self, name: str, section: Rows, rows: Iterable[dict[str, Any]]) -> None:
-        self.name, self.section, self.counts = name, section, RowCounts()
+    folder: where the files are that rows name.
+    """
+
+    def __init__(self, name: str, section: Rows, rows: Iterable[dict[str, Any]], *, folder: Path | None = None) -> None:
+        self.name, self.section, self.counts, self.folder = name, section, RowCounts(), folder
         self._rows = rows
         self._fields: set[str] = set()
         self._seen: dict[str, Counter[str]] = {key: Counter() for key in section.where}
@@ -74,9 +93,14 @@ class FilteredRows:
         if self.counts.failed == self.counts.used == N_HOPELESS:
             self._raise_failed()
 
+    def record(self) -> dict[str, Any]:
+        """The counts as the record of the stage holds them."""
+        of_images = {"with_images", "text_only"}
+        return {key: value for key, value in asdict(self.counts).items() if self.section.images or key not in of_images}
+
     def finish(self) -> None:
         """DataError if there was no row, none that passed the filter, or too large a share of them failed."""
-        self._require_fields()
+        self._require_fields("images")
         if not self.counts.used:
             raise DataError("\n".join(self._nothing_passed()))
         if self.counts.failed > self.section.max_failed * self.counts.used:
@@ -91,10 +115,11 @@ class FilteredRows:
             is_wanted = is_wanted and key in row and row[key] in wanted
         return is_wanted
 
-    def _require_fields(self) -> None:
+    def _require_fields(self, *others: str) -> None:
+        """`others`: keys whose field the first rows may lack."""
         if not self._fields:
             raise DataError(f"data.{self.name}: the source has no rows; give another file or split")
-        named = {key: getattr(self.section, key) for key in ("messages", "prompt", "response", "text")}
+        named = {key: getattr(self.section, key) for key in ("messages", "prompt", "response", "text", *others)}
         named |= {f"where.{key}": key for key in self.section.where}
         for key, wanted in named.items():
             if wanted is not None and wanted not in self._fields:
@@ -118,81 +143,87 @@ class FilteredRows:
         )
 
 
-def write_rows(rows: FilteredRows, writer: TokenWriter, *, tokenizer: Any, eos_ids: set[int]) -> None:
-    """Append every row that passes to the split of its text; DataError as `FilteredRows.finish`."""
+def write_rows(
+    rows: FilteredRows, writer: TokenWriter, *, tokenizer: Any, eos_ids: set[int], processor: Processor | None = None
+) -> None:
+    """Append every row that passes to the split of its text or image; DataError as `FilteredRows.finish`.
+
+    processor: of an image-text model; a section with images needs it.
+    """
+    section = rows.section
+    if section.images is not None:
+        require_template(tokenizer, processor)
     for number, row in rows:
         try:
-            text, sequences = _sequences(row, rows.section, tokenizer, eos_ids)
+            if section.text is not None:
+                belongs, sequences = _pieces(row, section, tokenizer, processor)
+            else:
+                messages, images = chat_and_images(row, rows, writer.images)
+                belongs, sequences = (
+                    place_of(messages, images),
+                    [_chat(messages, images, section, tokenizer, eos_ids, processor)],
+                )
         except RowError as error:
             rows.fail(number, str(error))
             continue
-        split = split_of(text)
         for sequence in sequences:
-            fitting = fit(sequence, rows.section, rows.counts)
+            fitting = fit(sequence, section, rows.counts)
             if fitting is not None:
-                writer.append(split, fitting)
+                writer.append(split_of(belongs), fitting)
     rows.finish()
 
 
 def fit(sequence: Sequence, section: Rows, counts: RowCounts) -> Sequence | None:
-    """The sequence within the length limits of its section, or None; counted."""
+    """The sequence within the length limits of its section, or None; counted. One with images is not cut."""
     if len(sequence) < section.shortest:
         counts.too_short += 1
         return None
     if len(sequence) <= section.seq_len:
         return sequence
     cut = Sequence(sequence.token_ids[: section.seq_len], sequence.is_response[: section.seq_len])
-    if section.too_long == "drop" or not any(cut.is_response):
+    if section.too_long == "drop" or sequence.images or not any(cut.is_response):
         counts.too_long += 1
         return None
     counts.truncated += 1
     return cut
 
 
-def chat_of(row: dict[str, Any], section: Rows) -> list[dict[str, str]]:
-    """The messages of a row; a prompt and its response are one turn. RowError if a field is missing or no text."""
-    if section.messages is None:
-        assert section.prompt is not None and section.response is not None
-        return [
-            {"role": "user", "content": _text(row, section.prompt)},
-            {"role": "assistant", "content": _text(row, section.response)},
-        ]
-    messages = row.get(section.messages)
-    if not isinstance(messages, list) or not messages:
-        raise RowError(f'the field "{section.messages}" holds no list of messages')
-    return [_message(message, index) for index, message in enumerate(messages)]
-
-
-def text_of(messages: list[dict[str, str]]) -> str:
-    """The text whose hash decides the split of a chat: its first user turn."""
-    asked = [message["content"] for message in messages if message["role"] == "user"]
-    return (asked or [messages[0]["content"]])[0].strip()
-
-
-def _sequences(row: dict[str, Any], section: Rows, tokenizer: Any, eos_ids: set[int]) -> tuple[str, Iterable[Sequence]]:
-    if section.text is not None:
-        text = _text(row, section.text)
-        return text.strip(), cut_text(tokenizer, text, seq_len=section.seq_len, shortest=1)
+def chat_and_images(row: dict[str, Any], rows: FilteredRows, keep: Path) -> tuple[list[Message], tuple[Image, ...]]:
+    """The chat of a row with a place for each of its images, which are stored in the folder `keep`. RowError if it has none, or not these."""
+    section = rows.section
     messages = chat_of(row, section)
-    if section.messages is None and not (section.chat and tokenizer.chat_template):
-        return text_of(messages), [render_plain(tokenizer, messages[0]["content"], messages[1]["content"])]
-    return text_of(messages), [render_messages(tokenizer, messages, eos_ids)]
+    if section.images is None:
+        return messages, ()
+    images = images_of(row, section.images, folder=rows.folder, keep=keep, most=section.seq_len)
+    messages = with_places(messages, len(images))
+    rows.counts.with_images += bool(images)
+    rows.counts.text_only += not images
+    return messages, images
 
 
-def _text(row: dict[str, Any], key: str) -> str:
-    value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise RowError(f'the field "{key}" is missing' if value is None else f'the field "{key}" is no text')
-    text = str(value)
-    if not text.strip():
-        raise RowError(f'the field "{key}" is empty')
-    return text
+def place_of(messages: list[Message], images: tuple[Image, ...]) -> str:
+    """What decides the split of a chat."""
+    return images[0].digest if images else text_of(messages)
 
 
-def _message(message: Any, index: int) -> dict[str, str]:
-    """role, content and reasoning_content of one message; fields that are None, as parquet fills them, count as absent."""
-    given = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
-    kept = {key: given[key] for key in ("role", "content", "reasoning_content") if key in given}
-    if not {"role", "content"} <= kept.keys() or not all(isinstance(value, str) for value in kept.values()):
-        raise RowError(f"message {index} is not a role and a content of text")
-    return kept
+def _pieces(row: dict[str, Any], section: Rows, tokenizer: Any, processor: Processor | None) -> tuple[str, Iterable[Sequence]]:
+    assert section.text is not None
+    text = text_in(row, section.text)
+    if processor is not None and processor.image_token in text:
+        raise RowError(f"the text holds {processor.image_token}, which stands for an image, and there is none")
+    return text.strip(), cut_text(tokenizer, text, seq_len=section.seq_len, shortest=1)
+
+
+def _chat(
+    messages: list[Message],
+    images: tuple[Image, ...],
+    section: Rows,
+    tokenizer: Any,
+    eos_ids: set[int],
+    processor: Processor | None,
+) -> Sequence:
+    if section.messages is None and not (section.chat and has_template(tokenizer, processor)):
+        plain = render_plain(tokenizer, messages[0]["content"], messages[1]["content"])
+        require_no_image_token(plain.token_ids, processor)
+        return plain
+    return render_messages(tokenizer, messages, eos_ids, processor=processor, images=images)

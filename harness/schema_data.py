@@ -30,6 +30,7 @@ class Builtin(Cut):
 class Rows(Cut):
     """Rows with fields. One of `messages` (a chat), `prompt` with `response`, or `text` names the fields that are read.
 
+    images: the field that holds the images of a row, one or a list; an empty list is a text-only row.
     chat: whether a prompt and its response are written as a chat turn, where the tokenizer has a template.
     where: by field, the values of the rows that are taken.
     max_rows: so many rows that pass `where`, from the first on.
@@ -40,6 +41,7 @@ class Rows(Cut):
     prompt: Text | None = None
     response: Text | None = None
     text: Text | None = None
+    images: Text | None = None
     chat: bool = True
     where: dict[str, Annotated[tuple[str | bool | int, ...], Field(min_length=1)]] = {}
     min_tokens: Positive | None = None
@@ -120,6 +122,13 @@ class Bos(Generated):
     tokens: Positive
 
 
+class Drawings(Cut):
+    """Generated pictures, `pictures` of them, with what they are asked as the turns of one chat. None of a mini task is among them."""
+
+    source: Literal["drawings"]
+    pictures: Positive
+
+
 class RandomTokens(Cut):
     """`tokens` tokens drawn uniformly from the vocabulary without its special ones."""
 
@@ -128,11 +137,12 @@ class RandomTokens(Cut):
 
 
 Data = Annotated[
-    Builtin | Hub | Jsonl | Mix | Teacher | Bos | RandomTokens,
+    Builtin | Drawings | Hub | Jsonl | Mix | Teacher | Bos | RandomTokens,
     Field(discriminator="source"),
 ]
 SOURCES: dict[str, type[Section]] = {
     "builtin": Builtin,
+    "drawings": Drawings,
     "hub": Hub,
     "jsonl": Jsonl,
     "mix": Mix,

@@ -99,6 +99,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an untrained vision-language model."""
+    from tests.tiny_vlm import build_tiny_vlm
+
+    return build_tiny_vlm(tmp_path_factory.mktemp("tiny_vlm") / "model")
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_model: Path):
     from transformers import AutoTokenizer
 

@@ -34,7 +34,11 @@ def suite_with(tiny_suite, section: str, others: str = "") -> str:
             "",
             r"data\.text\.source: missing; it is required\. Allowed: ",
         ),
-        ('source = "hubb"', "", r"data\.text\.source: found 'hubb'; did you mean hub\? Allowed: bos, builtin, hub, jsonl, mix"),
+        (
+            'source = "hubb"',
+            "",
+            r"data\.text\.source: found 'hubb'; did you mean hub\? Allowed: bos, builtin, drawings, hub, jsonl, mix",
+        ),
         (
             'source = "builtin"\npath = "x"',
             "",
@@ -45,7 +49,11 @@ def suite_with(tiny_suite, section: str, others: str = "") -> str:
             "",
             r'data\.text\.revision: has no effect with source = "jsonl"; remove it\. Allowed: chat, ',
         ),
-        (ROWS + "seq_lenn = 64", "", r"data\.text\.seq_lenn: unknown key; did you mean seq_len\? Known: chat, max_failed"),
+        (
+            ROWS + "seq_lenn = 64",
+            "",
+            r"data\.text\.seq_lenn: unknown key; did you mean seq_len\? Known: chat, images, max_failed",
+        ),
         ('source = "jsonl"\ntext = "t"', "", r"data\.text\.path: missing; it is required"),
         (
             'source = "jsonl"\npath = "x"',
