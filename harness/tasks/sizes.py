@@ -2,7 +2,9 @@
 
 from harness.tasks.world import facts
 
-MINI_TASKS = ("mini_choice", "mini_context", "mini_math", "mini_recall")
+TEXT_TASKS = ("mini_choice", "mini_context", "mini_math", "mini_recall")
+PICTURE_TASKS = ("mini_chart", "mini_diagram", "mini_document", "mini_ocr")
+MINI_TASKS = (*TEXT_TASKS, *PICTURE_TASKS)
 N_QUESTIONS = 200
 REQUESTS_A_QUESTION = {"mini_choice": 4}
 
