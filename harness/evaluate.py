@@ -29,6 +29,7 @@ from lm_eval.tasks._index import Entry, Kind
 from harness.errors import HarnessError, TaskError
 from harness.hub import reading_hub
 from harness.models import mirror_folder
+from harness.picture_documents import leave_packed
 from harness.prepared import Question, plain
 from harness.stats import INVALID
 from harness.task_files import TASKS_FOLDER, is_ours, metadata_of, strings_in
@@ -68,7 +69,8 @@ def score(asking: ResolvedTask, about: dict[str, Any], questions: list[Question]
         mine = [row for row in answers if by_doc[row["doc"]].subtask == name]
         scored: list[dict[str, Any]] = []
         for repeat in sorted({row["repeat"] for row in mine}):
-            scored += _score_repeat(task, asking, by_doc, [row for row in mine if row["repeat"] == repeat])
+            with known_random_state():  # scorers that guess where an answer names no option
+                scored += _score_repeat(task, asking, by_doc, [row for row in mine if row["repeat"] == repeat])
         given = dict.fromkeys(key for row in scored for key in row["metrics"]) or dict.fromkeys(metric_names(task))
         for row in scored:
             row["metrics"] = {key: row["metrics"].get(key) for key in given if row["metrics"] == {} or key in row["metrics"]}
@@ -212,22 +214,22 @@ def load_tasks(
 ) -> dict[str, Task]:
     """The task, or the tasks of a group, by name; with `docs`, those are their documents and no data are read."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    ours = is_ours(asking.name) and asking.path is None
+    ours = is_ours(asking.own_name) and asking.path is None
     folder = TASKS_FOLDER if asking.path is None else asking.path if asking.path.is_dir() else asking.path.parent
-    spec = str(asking.path) if asking.path is not None and asking.path.is_file() else asking.name
+    spec = str(asking.path) if asking.path is not None and asking.path.is_file() else asking.own_name
     try:
         manager = TaskManager(include_path=[str(folder)], include_defaults=not ours and asking.path is None, metadata=metadata)
     except Exception as error:
         raise TaskError(
             f"task {asking.name}: {folder} cannot be read ({type(error).__name__}: {_first_line(error)})"
         ) from error
-    _require_no_code(asking.name, manager.task_index)
-    if spec == asking.name and asking.name not in manager.all_tasks:
-        near = get_close_matches(asking.name, manager.all_tasks, n=3)
+    _require_no_code(asking.own_name, manager.task_index)
+    if spec == asking.own_name and asking.own_name not in manager.all_tasks:
+        near = get_close_matches(asking.own_name, manager.all_tasks, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         where = f"in {asking.path}" if asking.path else "here or in lm-eval"
         raise TaskError(f"task {asking.name}: there is no such task {where}{hint}")
-    reads_hub = docs is None and not (ours and "dataset" not in metadata_of(asking.name))
+    reads_hub = docs is None and not (ours and "dataset" not in metadata_of(asking.own_name))
     with known_random_state(), _data_given(docs) as begun:
         try:
             with reading_hub() if reads_hub else nullcontext():
@@ -239,7 +241,7 @@ def load_tasks(
         except Exception as error:
             raise TaskError(f"task {asking.name}: cannot be read ({type(error).__name__}: {_first_line(error)})") from error
     names = [*found["tasks"], *found.get("groups", ())]
-    if spec != asking.name and asking.name not in names:
+    if spec != asking.own_name and asking.own_name not in names:
         raise TaskError(
             f"task {asking.name}: there is no such task in {asking.path}; it holds {', '.join(map(str, names)) or 'none'}"
         )
@@ -320,6 +322,7 @@ def _data_given(docs: dict[str, list[Question]] | None) -> Iterator[list[Task]]:
         if mirror is not None:
             task.DATASET_PATH = str(mirror)
         download(task, *arguments, **options)
+        leave_packed(task)
 
     ConfigurableTask.download = read
     try:

@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from harness import evaluate, prompts
 from harness.aggregates import aggregate
-from harness.answering import answer_requests, require_fit, seed_of
-from harness.engines import Answer, Engine, Failure, Likelihood, Outcome, Request, identity
+from harness.answering import answer_requests, require_few_images, require_fit, seed_of
+from harness.controls import GREY_FLAG
+from harness.engines import RENDERING_UNVERIFIED, Answer, Engine, Failure, Likelihood, Outcome, Request, identity
 from harness.errors import TaskError
+from harness.images import FOLDER
 from harness.journal import Journal
 from harness.judge import METRIC, value_of
 from harness.judging import judged
 from harness.models import folder_fingerprint
 from harness.numerics import versions
 from harness.prepared import Ask, Prepared, Question, read_prepared, read_questions, write_prepared
-from harness.provenance import PACKAGES, device_kind, package_versions
+from harness.provenance import PACKAGES, device_kind, package_versions, what_opens_images
 from harness.records import SCHEMA, read_json, read_samples, write_samples
 from harness.store import write_json
 from harness.task_files import fingerprint
@@ -54,8 +56,15 @@ def prepare(bench: Workbench, stage: Stage, folder: Path) -> dict[str, Any]:
     """Do a "prepare" stage."""
     assert stage.task is not None
     model = bench.folder_of(stage.inputs["model"])
-    with bench.reporter.track(stage.label):
-        prepared = prompts.prepare(stage.task, bench.tokenizer(model), model)
+    sees = bench.plan.suite.model.kind == "image-text"
+    with bench.reporter.track(stage.label) as advance:
+        prepared = prompts.prepare(
+            stage.task,
+            bench.processor(model) if sees else bench.tokenizer(model),
+            model,
+            images=folder / FOLDER,
+            on_progress=lambda done, total: advance(done, total, ""),
+        )
         write_prepared(folder, prepared)
     for note in prepared.about["notes"]:
         bench.reporter.say(f"  {stage.label}: {note}")
@@ -67,7 +76,8 @@ def prepare(bench: Workbench, stage: Stage, folder: Path) -> dict[str, Any]:
 def answer(bench: Workbench, stage: Stage, folder: Path) -> dict[str, Any]:
     """Do an "evaluate" stage."""
     checkpoint = stage.inputs["checkpoint"]
-    prepared = read_prepared(bench.folder_of(stage.inputs["task"]))
+    task = bench.folder_of(stage.inputs["task"])
+    prepared = read_prepared(task)
     with bench.reporter.track(stage.label) as advance:
         engine = bench.engine(stage)
         found = answer_task(
@@ -78,6 +88,7 @@ def answer(bench: Workbench, stage: Stage, folder: Path) -> dict[str, Any]:
             repeats=stage.sections["repeats"],
             sampling_seed=stage.sections["seed"],
             batch_plan=stage.sections.get("batch_plan"),
+            images=task / FOLDER,
             on_progress=lambda done, total: advance(done, total, ""),
         )
     if found.about["n_missing"]:
@@ -88,9 +99,12 @@ def answer(bench: Workbench, stage: Stage, folder: Path) -> dict[str, Any]:
 
 
 def check(bench: Workbench, stage: Stage) -> None:
-    """Raise now what would end an "evaluate" stage after hours: a question that no context holds, repeats that draw nothing."""
-    about = read_json(bench.folder_of(stage.inputs["task"]) / "task.json")
+    """Raise now what would end an "evaluate" stage after hours: a question that no context holds, one with more images than are taken, repeats that draw nothing."""
+    task = bench.folder_of(stage.inputs["task"])
+    about = read_json(task / "task.json")
     _require_askable(about, stage.sections["repeats"], bench.context_length(stage))
+    if bench.max_images is not None:
+        require_few_images(about["name"], read_prepared(task).asks, bench.max_images)
 
 
 def _require_askable(about: dict[str, Any], repeats: int, context_length: int | None) -> None:
@@ -127,9 +141,9 @@ def missing_line(about: dict[str, Any]) -> str:
 
 def scorer_of(task: ResolvedTask, version: Any) -> str:
     """What scores a task: its name, version and files; of lm-eval's own the package's version."""
-    digest = fingerprint(task.name, task.path)
+    digest = fingerprint(task.own_name, task.path)
     source = digest[:12] if digest is not None else f"lm-eval {package_versions(('lm-eval',))['lm-eval']}"
-    return f"{task.name}@{version}:{source}"
+    return f"{task.own_name}@{version}:{source}"
 
 
 def answer_task(
@@ -142,6 +156,7 @@ def answer_task(
     sampling_seed: int,
     on_progress: Callable[[int, int], None],
     batch_plan: int | None = None,
+    images: Path = Path(FOLDER),
 ) -> Answered:
     """Ask what the journal lacks and gather all answers.
 
@@ -150,6 +165,7 @@ def answer_task(
         journals: folder in which answers are kept and found again.
         on_progress: called with (requests settled, requests in all).
         batch_plan: seed of another plan of the batches; such answers have a journal of their own, also those that are sampled.
+        images: the folder of the images that the task shows.
     Raises:
         EngineError: a prompt that does not fit the context.  StoreError: the journal cannot be read or written.
         TaskError: several repeats of answers that draw nothing.
@@ -162,7 +178,7 @@ def answer_task(
         for ask in prepared.asks:
             draws = about["draws"][subtasks[ask.doc]] if ask.sampling is not None else 1
             asked += [(ask, repeat * draws + draw) for draw in range(draws)]
-    requests = [_request(ask, repeat, sampling_seed) for ask, repeat in asked]
+    requests = [_request(ask, repeat, sampling_seed, images) for ask, repeat in asked]
     protocol = {
         "weights": weights,
         "task": about["name"],
@@ -171,6 +187,7 @@ def answer_task(
         "numerics": versions()["evaluate"],
         "packages": package_versions(PACKAGES["evaluate"]),
         "device": device_kind(),
+        **what_opens_images(any(request.images for request in requests)),
         **engine.protocol,
         **({} if batch_plan is None else {"batch_plan": batch_plan}),
     }
@@ -187,7 +204,7 @@ def answer_task(
         rows,
         {
             "kernels": engine.kernels,
-            "flags": list(engine.flags),
+            "flags": [flag for flag in engine.flags if flag != RENDERING_UNVERIFIED or any(r.images for r in requests)],
             "protocol": protocol,
             "journal": f"{journal.path.parent.parent.name}/{journal.path.parent.name}/{journal.path.name}",
             "repeats": repeats,
@@ -234,7 +251,7 @@ def score_task(
     excluded = [{"doc": q.doc, "question": q.question, "reason": q.excluded} for q in questions if q.excluded is not None]
     return rows, found | {
         "kernels": engine["kernels"],
-        "flags": engine["flags"],
+        "flags": list(dict.fromkeys([*engine["flags"], *([GREY_FLAG] if about.get("pictures") == "grey" else [])])),
         "engine": engine_record(engine),
         "sampling_seed": engine.get("sampling_seed"),
         "judge": engine.get("judge"),
@@ -253,11 +270,11 @@ def engine_record(about: dict[str, Any]) -> dict[str, Any] | None:
     return about.get("engine") if protocol is None else {key: protocol[key] for key in _OF_THE_ENGINE if key in protocol}
 
 
-def _request(ask: Ask, repeat: int, sampling_seed: int) -> Request:
-    request = ask.request(repeat)
+def _request(ask: Ask, repeat: int, sampling_seed: int, images: Path) -> Request:
+    request = ask.request(repeat, images=images)
     if ask.sampling is None or ask.sampling.temperature == 0:
         return request
-    return ask.request(repeat, seed_of(sampling_seed, request.hash, repeat))
+    return ask.request(repeat, seed_of(sampling_seed, request.hash, repeat), images=images)
 
 
 def _in_repeats(
@@ -308,6 +325,7 @@ def _answer_row(doc: int, repeat: int, members: list[tuple[Ask, Request, Outcome
         "doc": doc,
         "repeat": repeat,
         "requests": [request.hash for _, request, _ in members],
+        **({"images": list(members[0][0].images)} if members[0][0].images else {}),
         "seed": members[0][1].seed,
         "seeds": [request.seed for _, request, _ in members if request.seed is not None],
         "stops": list(members[0][0].stops),

@@ -21,6 +21,7 @@ from harness.questions import (
     extractions,
     responses,
     score_of,
+    shown_images,
     thinking_and_answer,
     verdict_of,
     visible,
@@ -127,6 +128,8 @@ def _question(view: QuestionView, selection: Selection, longest: int) -> str:
     for prompt in view.prompts:
         shown = f"<pre>{_long(prompt, longest)}</pre>" if is_open else f"<p>sha256 {_digest(prompt)}</p>"
         parts.append(f"<details open><summary>prompt, {len(prompt):,} characters</summary>{shown}</details>")
+    if view.images:
+        parts.append(f"<p>images: <code>{_text(', '.join(shown_images(view)))}</code></p>")
     if is_open and row["target"] is not None:
         parts.append(f"<p><b>target</b></p><pre>{_long(row['target'], longest)}</pre>")
     columns = "".join(_variant(view, variant, selection, longest) for variant in view.rows)

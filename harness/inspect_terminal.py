@@ -25,6 +25,7 @@ from harness.questions import (
     likelihoods,
     responses,
     score_of,
+    shown_images,
     thinking_and_answer,
     verdict_of,
     visible,
@@ -59,6 +60,8 @@ def print_question(view: QuestionView, selection: Selection, console: Console) -
     console.print(_head(view))
     for prompt in view.prompts:
         console.print(Panel(_cut(prompt), title="prompt", title_align="left", border_style="dim"))
+    if view.images:
+        console.print(Text("images: ", style="bold").append(Text(", ".join(shown_images(view)), style="not bold")))
     if view.first["target"] is not None:
         console.print(Text("target: ", style="bold").append_text(_cut(view.first["target"])))
     width = max(1, console.width // COLUMN_WIDTH)

@@ -3,17 +3,19 @@
 task.json           what the task is, and what to know of it
 docs.jsonl.zst      a line a question
 requests.jsonl.zst  a line a request
+images/             the images that they show, by digest
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from harness.engines import Request, Sampling
+from harness.images import FOLDER, Image
 from harness.records import SCHEMA, read_json, read_samples, write_samples
 from harness.store import write_json
 
@@ -41,6 +43,8 @@ class Ask:
 
     stops: strings that end the answer; they are looked for after the thinking, where there is any. option: the text behind the prompt
     whose likelihood is asked, to be shown; None of a generated answer, and of a text that is scored whole.
+    images: digests, in order; the files lie beside the task. With images, unexpanded_ids, messages and template_args as in `Request`, and
+    image_sizes: (width, height) of each.
     """
 
     doc: int
@@ -52,15 +56,29 @@ class Ask:
     sampling: Sampling | None = None
     stops: tuple[str, ...] = ()
     option: str | None = None
+    images: tuple[str, ...] = ()
+    unexpanded_ids: tuple[int, ...] = ()
+    messages: tuple[dict[str, Any], ...] = ()
+    template_args: dict[str, Any] = field(default_factory=dict, hash=False)
+    image_sizes: tuple[tuple[int, int], ...] = ()
 
     @property
     def room(self) -> int:
         """Tokens that it needs beside its prompt."""
         return self.sampling.max_tokens if self.sampling is not None else len(self.continuation or ())
 
-    def request(self, repeat: int = 0, seed: int | None = None) -> Request:
+    def request(self, repeat: int = 0, seed: int | None = None, *, images: Path = Path(FOLDER)) -> Request:
+        """images: the folder of their files, which only an engine reads."""
         return Request(
-            token_ids=self.token_ids, sampling=self.sampling, continuation=self.continuation, repeat=repeat, seed=seed
+            token_ids=self.token_ids,
+            sampling=self.sampling,
+            continuation=self.continuation,
+            repeat=repeat,
+            seed=seed,
+            images=tuple(Image(digest, images / digest) for digest in self.images),
+            unexpanded_ids=self.unexpanded_ids,
+            messages=self.messages,
+            template_args=self.template_args,
         )
 
 
@@ -92,9 +110,12 @@ def read_prepared(folder: Path) -> Prepared:
         sampling = row.pop("sampling")
         continuation, stops = row.pop("continuation"), tuple(row.pop("stops"))
         token_ids = tuple(row.pop("token_ids"))
+        shown: dict[str, Any] = {key: tuple(row.pop(key, ())) for key in ("images", "unexpanded_ids", "messages")}
+        shown["image_sizes"] = tuple(tuple(size) for size in row.pop("image_sizes", ()))
         asks.append(
             Ask(
                 **row,
+                **shown,
                 token_ids=token_ids,
                 stops=stops,
                 continuation=None if continuation is None else tuple(continuation),

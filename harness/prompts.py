@@ -1,14 +1,14 @@
 """What a task asks: lm-eval's tasks as questions and prompts, made once. With `evaluate`, all that imports lm_eval.
 
 The documents of a task are kept as they are here, since lm-eval would process them again to score them. Every prompt is
-rendered once, by us, with the model's chat template, and travels as token ids.
+rendered once, by us, with the model's chat template, and travels as token ids; its images are named by digest and stored beside it.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,67 +17,81 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import Task
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from harness.engines import Sampling
 from harness.errors import TaskError
-from harness.evaluate import known_random_state, load_tasks, metric_names, runs_code
-from harness.prepared import Ask, Prepared, Question, plain, question_digest
+from harness.evaluate import known_random_state, load_tasks, runs_code
+from harness.images import FOLDER
+from harness.picture_asks import PictureTask
+from harness.picture_prompts import PicturePrompts, context_length
+from harness.prepared import Ask, Prepared, Question, plain
+from harness.processor import Processor
+from harness.sampling import sampling_of
+from harness.task_about import about_part, about_task, origin_of, question_of, shuffles
 from harness.task_files import asks_about_pictures, is_ours
 from harness.task_settings import ResolvedTask
 
-DEFAULT_MAX_TOKENS = 256
-"""What lm-eval takes where a task does not say."""
 ROLLING_TOKENS = 2048
 """Window of texts that are scored whole."""
 _CHUNK_CHARACTERS = 2_000_000
-_NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "n": 1, "min_p": 0.0}
-"""Options of generation that a task may name, with the one value that changes nothing."""
 
 
-def prepare(asking: ResolvedTask, tokenizer: Any, model: Path) -> Prepared:
+def prepare(
+    asking: ResolvedTask,
+    tokenizer: Any,
+    model: Path,
+    *,
+    images: Path = Path(FOLDER),
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Prepared:
     """Read the task and render its prompts with the chat template of `tokenizer`, whose files are in the folder `model`.
 
+    Args:
+        tokenizer: of a model that sees a Processor, which renders text alone too.
+        images: the folder in which the pictures that are shown are stored.
+        on_progress: called with (questions rendered, questions in all) where they show pictures.
     Raises:
-        TaskError: no such task, one that needs images or runs code, data that cannot be read, options that no engine here has.
+        TaskError: no such task, one that shows pictures to a model of text or runs code, data that cannot be read, options that no
+            engine here has.
     """
-    if asking.path is None and (refusal := asks_about_pictures(asking.name)) is not None:
+    renderer = _Renderer(tokenizer, asking, model)
+    if renderer.processor is None and asking.path is None and (refusal := asks_about_pictures(asking.own_name)) is not None:
         raise TaskError(f"task {asking.name}: {refusal}")  # before its data are read
-    renderer = _Renderer(tokenizer, asking)
     metadata = {"pretrained": str(model), "tokenizer": str(model), **asking.metadata}
     questions: list[Question] = []
     asks: list[Ask] = []
     parts: list[dict[str, Any]] = []
     notes: list[str] = []
     is_partial = False
-    is_stock = asking.path is None and not is_ours(asking.name)
+    is_stock = asking.path is None and not is_ours(asking.own_name)
     tasks = load_tasks(asking, metadata)
     for task in tasks.values():
-        _require_askable(task)
-        docs = _documents(task, notes)
-        is_partial |= asking.limit is not None and asking.limit < len(docs)
-        docs = docs[: asking.limit]
-        chat = _is_chat(task, asking, tokenizer)
+        _require_askable(task, asking, renderer)
+        chat = _is_chat(task, asking, renderer)
         start = len(questions)
-        questions += [_question(task, start + i, doc, is_stock) for i, doc in enumerate(docs)]
-        kept = [i for i in range(len(docs)) if questions[start + i].excluded is None]
-        with _documents_given(task, docs):
-            for instances in _in_chunks(_instances(task, kept, chat, renderer, asking)):
-                renderer.encode(instances, chat)
-                for instance in instances:
-                    asks += renderer.asks(start + int(instance.doc_id or 0), instance)
-        parts.append(_about(task, chat))
+        if renderer.pictures is not None and task.config.doc_to_image is not None:
+            shows = PictureTask(task, asking, renderer.pictures, renderer.pair_in_chat, images, is_chat=chat, is_stock=is_stock)
+            found, asked, is_cut = shows.ask(start, notes, on_progress)
+        else:
+            found, asked, is_cut = _ask_text(task, asking, renderer, chat, start, is_stock, notes)
+        questions += found
+        asks += asked
+        is_partial |= is_cut
+        parts.append(about_part(task, chat))
     if not asks:
-        raise TaskError(f"task {asking.name}: it has no question to ask; look at its data and at limit")
+        reasons = "; ".join(list(dict.fromkeys(q.excluded for q in questions if q.excluded is not None))[:3])
+        why = f" (left out: {reasons})" if reasons else ""
+        raise TaskError(f"task {asking.name}: it has no question to ask{why}; look at its data and at limit")
     notes += renderer.notes
-    about = _together(asking.name, parts) | {
+    about = about_task(asking.name, parts) | {
         "n_questions": len(questions),
         "n_requests": sum(_draws(tasks, questions, ask) for ask in asks),
         "excluded": [{"doc": q.doc, "reason": q.excluded} for q in questions if q.excluded is not None],
         "draws": {name: int(task.config.repeats or 1) for name, task in tasks.items()},  # answers that one score needs
         "is_greedy": all(ask.sampling is None or ask.sampling.temperature == 0 for ask in asks),
         "is_partial": is_partial,
-        "origin": {name: origin for name, task in tasks.items() if (origin := _origin(task))},
+        "origin": {name: origin for name, task in tasks.items() if (origin := origin_of(task))},
         "longest": _longest(asks),
         "notes": list(dict.fromkeys(notes)),
+        **({"pictures": asking.pictures} if any(ask.images for ask in asks) else {}),
     }
     return Prepared(plain(about), questions, asks)
 
@@ -92,12 +106,50 @@ def _draws(tasks: dict[str, Task], questions: list[Question], ask: Ask) -> int:
     return int(tasks[questions[ask.doc].subtask].config.repeats or 1) if ask.sampling is not None else 1
 
 
-def _require_askable(task: Task) -> None:
+def _ask_text(
+    task: Task, asking: ResolvedTask, renderer: _Renderer, chat: bool, start: int, is_stock: bool, notes: list[str]
+) -> tuple[list[Question], list[Ask], bool]:
+    """The questions of a task without pictures, what it asks, and whether limit leaves out some."""
+    docs = _documents(task, notes)
+    is_cut = asking.limit is not None and asking.limit < len(docs)
+    docs = docs[: asking.limit]
+    questions = [question_of(task, start + i, doc, doc, is_stock) for i, doc in enumerate(docs)]
+    kept = [i for i in range(len(docs)) if questions[i].excluded is None]
+    asks: list[Ask] = []
+    with _documents_given(task, docs):
+        for instances in _in_chunks(_instances(task, kept, chat, renderer, asking)):
+            renderer.encode(instances, chat)
+            for instance in instances:
+                number = int(instance.doc_id or 0)
+                if renderer.holds_placeholder(instance):
+                    why = "its text holds what stands for an image in this model's prompts"
+                    questions[number] = replace(questions[number], excluded=why)
+                else:
+                    asks += renderer.asks(start + number, instance)
+    left_out = {question.doc for question in questions if question.excluded is not None}
+    return questions, [ask for ask in asks if ask.doc not in left_out], is_cut
+
+
+def _require_askable(task: Task, asking: ResolvedTask, renderer: _Renderer) -> None:
     name = task.config.task
     if getattr(task, "UNSAFE_CODE", False):
         raise runs_code(str(name))
-    if getattr(task, "MULTIMODAL", False):
-        raise TaskError(f"task {name}: needs images or sound, which no model of this version is given")
+    if task.config.doc_to_audio:
+        raise TaskError(f"task {name}: needs sound, which no model of this version is given")
+    if task.config.doc_to_image is None:
+        if asking.pictures == "grey":
+            raise TaskError(f'task {name}: shows no pictures, so pictures = "grey" has no effect; remove it')
+    elif renderer.processor is None:
+        raise TaskError(
+            f'task {name}: asks about pictures, and a model of kind "text" is given none; remove it, or set kind = "image-text" in '
+            "[model] if the model sees"
+        )
+    elif task.config.num_fewshot:
+        raise TaskError(
+            f"task {name}: num_fewshot = {task.config.num_fewshot}: lm-eval gives no pictures of its examples; copy its file with 0"
+        )
+    elif task.OUTPUT_TYPE == "loglikelihood_rolling":
+        raise TaskError(f"task {name}: scores whole texts with pictures, which no engine here does; remove it")
 
 
 def _documents(task: Task, notes: list[str]) -> list[dict[str, Any]]:
@@ -106,9 +158,7 @@ def _documents(task: Task, notes: list[str]) -> list[dict[str, Any]]:
     with known_random_state():
         docs = [dict(doc) for doc in task.eval_docs]
         if task.config.process_docs is not None and not is_ours(name) and [dict(doc) for doc in task.eval_docs] != docs:
-            notes.append(
-                f"{name} shuffles without a seed of its own: one draw is kept here and scored, plain lm-eval may score another"
-            )
+            notes.append(shuffles(name))
     try:
         return [plain(doc) for doc in docs]
     except (TypeError, ValueError) as error:
@@ -165,103 +215,57 @@ def _in_chunks(instances: list[Instance]) -> Iterator[list[Instance]]:
         yield chunk
 
 
-def _is_chat(task: Task, asking: ResolvedTask, tokenizer: Any) -> bool:
+def _is_chat(task: Task, asking: ResolvedTask, renderer: _Renderer) -> bool:
     """Whether prompts are chats: what the suite says, else the task's own file, else for generation where there is a template."""
     declared = (task.config.metadata or {}).get("chat")
     if asking.chat is not None and declared is not None and asking.chat != declared:
         raise TaskError(f"task {asking.name}: its file says chat = {str(declared).lower()}; remove chat from the suite")
     chosen = asking.chat if asking.chat is not None else declared
     if chosen is None:
-        return task.OUTPUT_TYPE == "generate_until" and tokenizer.chat_template is not None
-    if chosen and tokenizer.chat_template is None:
+        return task.OUTPUT_TYPE == "generate_until" and renderer.has_chat_template
+    if chosen and not renderer.has_chat_template:
         raise TaskError(f"task {asking.name}: asks in chat, and the model has no chat template; use a task that does not")
     return bool(chosen)
-
-
-def _question(task: Task, doc: int, fields: dict[str, Any], is_stock: bool) -> Question:
-    """A document as a question. Of lm-eval's own tasks no field has a meaning to us, whatever a data set calls its columns."""
-    said = {} if is_stock else fields
-    source = said.get("source_question")
-    if source is None:
-        source = task.doc_to_decontamination_query(fields) if task.should_decontaminate() else task.doc_to_text(fields)
-    return Question(
-        doc=doc,
-        subtask=str(task.config.task),
-        question=question_digest(str(source)),
-        cluster=str(said.get("cluster", doc)),
-        target=str(task.doc_to_target(fields)),
-        fields=fields,
-        excluded=said.get("excluded") or None,
-    )
-
-
-def _origin(task: Task) -> str:
-    """Where the rows are from and how they were checked, by the word of our own tasks."""
-    return str(getattr(getattr(task.eval_docs, "info", None), "description", None) or "")
-
-
-def _about(task: Task, chat: bool) -> dict[str, Any]:
-    metadata = {k: v for k, v in (task.config.metadata or {}).items() if k not in ("pretrained", "tokenizer")}
-    names = metric_names(task)
-    primary = metadata.get("primary", names[0])
-    if primary not in names:
-        raise TaskError(f"task {task.config.task}: metadata.primary: found {primary!r}; allowed: {', '.join(names)}")
-    if "stated" in metadata:
-        try:
-            re.compile(metadata["stated"])
-        except (re.error, TypeError) as error:
-            raise TaskError(
-                f"task {task.config.task}: metadata.stated: {metadata['stated']!r} is no pattern ({error})"
-            ) from error
-    return {
-        "name": str(task.config.task),
-        "version": str(metadata.get("version", "unknown")),
-        "output_type": task.OUTPUT_TYPE,
-        "metrics": names,
-        "primary": primary,
-        "publishable": metadata.get("publishable") is True,
-        "judge": metadata.get("judge") is True,
-        "is_chat": chat,
-        "metadata": metadata,
-    }
-
-
-def _together(name: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a group says of itself: a metric stands for it that all of its parts have, and it is published if all of them are."""
-    primary = parts[0]["primary"]
-    if any(primary not in part["metrics"] for part in parts):
-        raise TaskError(f"task {name}: its parts have no metric {primary} in common; ask for them one by one")
-    return {
-        **parts[0],
-        "name": name,
-        "version": "+".join(sorted({part["version"] for part in parts})),
-        "primary": primary,
-        "publishable": all(part["publishable"] for part in parts),
-        "parts": {part["name"]: part["version"] for part in parts},
-    }
 
 
 class _Renderer(TemplateLM):
     """Prompts as text and token ids, in the way of lm-eval's own models."""
 
-    def __init__(self, tokenizer: Any, asking: ResolvedTask) -> None:
+    def __init__(self, tokenizer: Any, asking: ResolvedTask, model: Path) -> None:
         super().__init__()
-        self.tokenizer, self.asking = tokenizer, asking
+        self.processor = tokenizer if isinstance(tokenizer, Processor) else None
+        self.tokenizer, self.asking = (tokenizer if self.processor is None else self.processor.tokenizer), asking
+        self.template_args = asking.thinking.template_args if asking.thinking else {}
+        self.pictures = None
+        if self.processor is not None:
+            self.pictures = PicturePrompts(self.processor, context_length(model), self.template_args)
         self.notes: list[str] = []
         self._special = True
         self._encoded: dict[str, list[int]] = {}
         self._pairs: list[tuple[list[int], list[int]]] = []
 
     def chat(self, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        given = self.asking.thinking.template_args if self.asking.thinking else {}
-        return str(
-            self.tokenizer.apply_chat_template(
-                history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-                **given,
-            )
+        options = self.template_args | {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
+        if self.processor is not None:
+            return self.processor.render(history, **options)
+        return str(self.tokenizer.apply_chat_template(history, tokenize=False, **options))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self.tokenizer.chat_template is not None if self.processor is None else self.processor.has_template
+
+    def pair_in_chat(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of a context whose special tokens stand in it, and of what follows, parted as everywhere in lm-eval."""
+        self._special = False
+        return self._encode_pair(context, continuation)
+
+    def holds_placeholder(self, instance: Instance) -> bool:
+        """Whether a text holds what the model takes for an image, of which there is none."""
+        return self.processor is not None and self.processor.image_token in "".join(
+            text for text in instance.args if isinstance(text, str)
         )
 
     def encode(self, instances: list[Instance], chat: bool) -> None:
@@ -276,7 +280,7 @@ class _Renderer(TemplateLM):
         kind = instance.request_type
         if kind == "generate_until":
             prompt, options = instance.args
-            sampling, stops = self._sampling(str(instance.task_name), options)
+            sampling, stops = sampling_of(str(instance.task_name), options, self.asking, self.notes)
             return [Ask(doc, instance.idx, 0, prompt, tuple(self._encoded[prompt]), None, sampling, stops)]
         if kind == "loglikelihood_rolling":
             text = instance.args[0]
@@ -292,45 +296,6 @@ class _Renderer(TemplateLM):
             Ask(doc, instance.idx, i, text, tuple(context), tuple(rest), option=option)
             for i, (context, rest) in enumerate(pairs)
         ]
-
-    def _sampling(self, task: str, options: dict[str, Any]) -> tuple[Sampling, tuple[str, ...]]:
-        """Complete sampling parameters, and the strings that end an answer: the suite's word before the task's."""
-        given = {**options}
-        until = given.pop("until", [])
-        stops = tuple([until] if isinstance(until, str) else until) if isinstance(until, str | list | tuple) else (until,)
-        if not all(isinstance(stop, str) for stop in stops):
-            raise TaskError(f"task {task}: generation_kwargs.until: found {until!r}; allowed: a string, or a list of them")
-        is_sampled = given.pop("do_sample", None)
-        own = {
-            "temperature": given.pop("temperature", None),
-            "top_p": given.pop("top_p", None),
-            "top_k": given.pop("top_k", None),
-        }
-        if not (is_sampled if is_sampled is not None else own["temperature"]):
-            own = {"temperature": 0.0, "top_p": None, "top_k": None}
-        elif own["temperature"] is None:
-            own["temperature"] = 1.0
-        own["max_tokens"] = next((given.pop(k) for k in ("max_gen_toks", "max_new_tokens", "max_tokens") if k in given), None)
-        unknown = {k: v for k, v in given.items() if k not in _NEUTRAL or v != _NEUTRAL[k]}
-        if unknown:
-            raise TaskError(
-                f"task {task}: generates with {', '.join(f'{k} = {v!r}' for k, v in unknown.items())}, which no engine here does; copy "
-                "its file without it and give task.path"
-            )
-        chosen = {**own, **self.asking.sampling}
-        if chosen["max_tokens"] is None:
-            self.notes.append(
-                f"{task} does not say how many tokens an answer may have: lm-eval's default of {DEFAULT_MAX_TOKENS} holds, which cuts "
-                "reasoning; set max_tokens in [sampling]"
-            )
-            chosen["max_tokens"] = DEFAULT_MAX_TOKENS
-        chosen = {"top_p": 1.0, "top_k": 0} | {k: v for k, v in chosen.items() if v is not None}
-        if type(chosen["max_tokens"]) is not int or chosen["max_tokens"] < 1:
-            raise TaskError(
-                f"task {task}: generation_kwargs.max_gen_toks: found {chosen['max_tokens']!r}; allowed: a positive integer"
-            )
-        # with thinking, stop strings are for the answer alone: they are looked for after it
-        return Sampling(**chosen, until=() if self.asking.thinking else stops), stops
 
     @property
     def prefix_token_id(self) -> int:

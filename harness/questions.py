@@ -99,7 +99,7 @@ class TaskOverview:
 class QuestionView:
     """One question with its prompts and the rows of each variant, by repeat; a variant without rows has not answered it.
 
-    options: the texts whose likelihoods were asked, where the run keeps them.
+    options: the texts whose likelihoods were asked, where the run keeps them. images: what was shown, as (digest, width, height).
     """
 
     task: TaskRecord
@@ -107,6 +107,7 @@ class QuestionView:
     prompts: list[str]
     rows: dict[str, list[dict[str, Any]]]
     options: tuple[str, ...] = ()
+    images: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def first(self) -> dict[str, Any]:
@@ -183,8 +184,15 @@ def read_questions(selection: Selection, *wanted: tuple[TaskRecord, Question]) -
         by_variant = {v: sorted(rows, key=_repeat) for v, rows in found[record.name, question.key].items()}
         given = {row["prompt"]: None for rows in by_variant.values() for row in rows if row.get("prompt") is not None}
         mine = asked[record.name].get(int(question.label), Asked())
-        views.append(QuestionView(record, question, [*given] or mine.prompts, by_variant, tuple(mine.options)))
+        views.append(
+            QuestionView(record, question, [*given] or mine.prompts, by_variant, tuple(mine.options), tuple(mine.images))
+        )
     return views
+
+
+def shown_images(view: QuestionView) -> list[str]:
+    """The images of a question in words: digest and size in pixels."""
+    return [f"{digest[:16]} ({width:,} × {height:,})" for digest, width, height in view.images]
 
 
 def score_of(row: dict[str, Any], metric: str) -> float | None:

@@ -49,10 +49,14 @@ class TaskRecord:
 
 @dataclass(frozen=True)
 class Asked:
-    """prompts: one, or one a choice where they differ. options: the texts that were weighed, in order; runs of older versions have none."""
+    """prompts: one, or one a choice where they differ. options: the texts that were weighed, in order; runs of older versions have none.
+
+    images: what was shown, in order, as (digest, width, height).
+    """
 
     prompts: list[str] = field(default_factory=list)
     options: list[str] = field(default_factory=list)
+    images: list[tuple[str, int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class RunSamples:
                 mine = found.setdefault(row["doc"], Asked())
                 mine.prompts.extend([] if row["prompt"] in mine.prompts else [row["prompt"]])
                 mine.options.extend([row["option"]] if row.get("option") is not None and row["part"] == 0 else [])
+                shown = zip(row.get("images", ()), row.get("image_sizes", ()), strict=True)
+                mine.images.extend([] if mine.images else [(digest, *size) for digest, size in shown])
         return found
 
 

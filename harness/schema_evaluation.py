@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -77,7 +77,8 @@ class Task(Section):
 
     limit: its first questions only; every row of it is marked as partial. repeats: answers to each question, with a seed each. sampling:
     overrides single keys of the suite's. chat, metadata: of lm-eval's own tasks and a user's, which do not say whether they are asked in
-    chat, or need more to be told (the lengths of ruler).
+    chat, or need more to be told (the lengths of ruler). pictures: "grey" shows a grey picture of its size in place of each: what the model
+    knows without looking, under the task's name with "-grey" behind it; the task itself may stand beside it.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+-]*$", max_length=150)]
@@ -87,3 +88,4 @@ class Task(Section):
     sampling: SamplingSettings | None = None
     chat: bool | None = None
     metadata: dict[str, Any] = {}
+    pictures: Literal["shown", "grey"] = "shown"

@@ -53,8 +53,8 @@ def asks_about_pictures(name: str) -> str | None:
     if metadata_of(name).get("images") is not True:
         return None
     return (
-        'asks about pictures, and a model of kind "text" is given none; remove it, or ask it with plain lm-eval '
-        "(--model hf-multimodal --include_path harness/tasks)"
+        'asks about pictures, and a model of kind "text" is given none; remove it, or set kind = "image-text" in [model] if the model '
+        "sees"
     )
 
 

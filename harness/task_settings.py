@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from harness.protocols import PROTOCOLS, Protocol
 from harness.schema_evaluation import SamplingSettings, Task, Thinking
-from harness.task_files import asks_about_pictures, config_of, gives_answers, is_ours, known_tasks
+from harness.task_files import asks_about_pictures, config_of, gives_answers, is_ours, known_tasks, metadata_of
 
 if TYPE_CHECKING:
     from harness.mistakes import Mistakes
     from harness.schema import File
 
 _PARAMETERS = ("temperature", "top_p", "top_k", "max_tokens")
+GREY = "-grey"
+"""What the name of a task ends with whose pictures are grey: its own name stands for its scores."""
 _ALMOST = 0.85
 """How alike two names are of which one is taken for the other, mistyped."""
 
@@ -26,6 +28,7 @@ class ResolvedTask:
     """A task with everything that decides how it is asked.
 
     sampling: the parameters that override those of its file; the seed of the suite is `seed`. default: what a protocol set, with its source.
+    pictures: "shown", or "grey": a control under a name of its own, in which every picture is a grey one.
     """
 
     name: str
@@ -39,6 +42,12 @@ class ResolvedTask:
     thinking: Thinking | None
     system_prompt: str | None
     default: str | None
+    pictures: str = "shown"
+
+    @property
+    def own_name(self) -> str:
+        """What the task is called where its questions come from."""
+        return self.name.removesuffix(GREY) if self.pictures == "grey" else self.name
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -51,6 +60,7 @@ class ResolvedTask:
             "metadata": self.metadata,
             "thinking": None if self.thinking is None else self.thinking.model_dump(),
             "system_prompt": self.system_prompt,
+            **({} if self.pictures == "shown" else {"pictures": self.pictures}),
         }
 
     @property
@@ -88,6 +98,8 @@ def resolve_tasks(file: File, suite: Path, mistakes: Mistakes) -> tuple[Resolved
         refusal = asks_about_pictures(task.name) if path is None and file.model.kind == "text" else None
         if refusal is not None:
             mistakes.add(f"{where}.name", f"{task.name} {refusal}")
+        if task.pictures == "grey" and path is None and is_ours(task.name) and not metadata_of(task.name).get("images"):
+            mistakes.add(f"{where}.pictures", f"has no effect on {task.name}, which shows none; remove it")
         if is_ours(task.name) and path is None:
             for key in ("chat", "metadata"):
                 if getattr(task, key) not in (None, {}):
@@ -110,7 +122,7 @@ def resolve_tasks(file: File, suite: Path, mistakes: Mistakes) -> tuple[Resolved
             mistakes.add(f"{where}.repeats", pointless)
         found.append(
             ResolvedTask(
-                name=task.name,
+                name=_name(task),
                 path=path,
                 limit=task.limit,
                 repeats=repeats,
@@ -121,9 +133,10 @@ def resolve_tasks(file: File, suite: Path, mistakes: Mistakes) -> tuple[Resolved
                 thinking=file.model.thinking,
                 system_prompt=file.model.system_prompt,
                 default=None if protocol is None else _said_by(protocol, str(name), task, sampling),
+                pictures=task.pictures,
             )
         )
-    names = [task.name for task in file.task]
+    names = [task.name for task in found]
     for name in sorted({name for name in names if names.count(name) > 1}):
         mistakes.add("task", f'the name "{name}" is repeated; a task is asked once')
     if not file.task and file.diagnostics is None:
@@ -131,6 +144,10 @@ def resolve_tasks(file: File, suite: Path, mistakes: Mistakes) -> tuple[Resolved
     if not file.task and file.sampling is not None:
         mistakes.add("sampling", "has no effect: no task is asked; remove it")
     return tuple(found)
+
+
+def _name(task: Task) -> str:
+    return f"{task.name}{GREY}" if task.pictures == "grey" else task.name
 
 
 def _said_by(protocol: Protocol, name: str, task: Task, sampling: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """A task through prepare, answers and scores, without stages: what tests of tasks and engines share."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from harness import evaluation, prompts
@@ -23,11 +24,13 @@ def task(name: str, **settings: Any) -> ResolvedTask:
     return replace(plain_task(name, None, None), **settings)
 
 
-def prepare(asked: ResolvedTask, tokenizer, folder="model") -> Prepared:
-    return prompts.prepare(asked, tokenizer, folder)
+def prepare(asked: ResolvedTask, tokenizer, folder="model", **options) -> Prepared:
+    return prompts.prepare(asked, tokenizer, Path(folder), **options)
 
 
-def evaluate(name, engine, journals, *, weights="w", prepared=None, batch_plan=None, **settings) -> Evaluated:
+def evaluate(
+    name, engine, journals, *, weights="w", prepared=None, batch_plan=None, images=Path("images"), **settings
+) -> Evaluated:
     """Settings are those of a ResolvedTask, such as limit, repeats, sampling, thinking."""
     asked = task(name, **settings)
     prepared = prepared or prepare(asked, engine.tokenizer)
@@ -40,6 +43,7 @@ def evaluate(name, engine, journals, *, weights="w", prepared=None, batch_plan=N
         sampling_seed=asked.seed,
         on_progress=lambda done, total: None,
         batch_plan=batch_plan,
+        images=images,
     )
     samples, result = evaluation.score_task(asked, prepared.about, prepared.questions, answers.rows, answers.about)
     return Evaluated(prepared, answers, samples, result)

@@ -68,6 +68,7 @@ class Bench:
     def __init__(self, teacher, candidate) -> None:
         self._loaded = {"model": teacher, "checkpoint": candidate}
         self.teacher_hidden = {}
+        self.reader = None
         self.reporter = SimpleNamespace(track=self._track)
 
     @contextmanager
@@ -169,7 +170,8 @@ def test_batches_by_length_hold_every_sequence_whole_and_few_padding():
     assert sorted(order) == list(range(len(sequences)))
     assert [tuple(row.tolist()) for row in rows] == [sequences[i].token_ids for i in order]
     assert [tuple(batch.input_ids.shape) for batch in batches] == [(3, 5), (2, 699), (1, 700), (1, 2 * FORWARD_TOKENS)]
-    assert batches_by_length([]) == ([], [])
+    order, batches = batches_by_length([])
+    assert order == [] and list(batches) == []
 
 
 def test_the_bf16_model_is_zero_away_from_itself_in_every_task_and_at_every_position(bench, tmp_path):

@@ -259,6 +259,22 @@ def test_the_text_of_each_choice_stands_beside_its_likelihood(tmp_path, publisha
     assert ("Rome" in page) == publishable
 
 
+@pytest.mark.parametrize("publishable", [True, False])
+def test_images_are_named_by_digest_and_size_and_a_page_never_holds_one(tmp_path, publishable):
+    run = write_run(tmp_path / "r", {("bf16", "maths"): [sample(0), sample(1)]}, publishable=publishable)
+    shown_to = {"images": ["ab" * 32, "cd" * 32], "image_sizes": [[1700, 2200], [64, 64]]}
+    asks = [{"doc": 0, "index": i, "part": 0, "prompt": "<image> or <image>?", **shown_to} for i in range(2)]
+    asks += [{"doc": 1, "index": 0, "part": 0, "prompt": "No image"}]
+    write_samples(run / "tasks" / "maths" / "requests.jsonl.zst", asks)
+    said = f"{'ab' * 8} (1,700 × 2,200), {'cd' * 8} (64 × 64)"
+    assert f"images: {said}" in " ".join(shown(run, question="0").split())
+    assert "images:" not in shown(run, question="1")
+    shown(run, question="0", page=tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert f"images: <code>{said}</code>" in page
+    assert "<img" not in page
+
+
 def test_counts_are_said_to_be_of_questions(run, tmp_path):
     assert "Counts are of questions" in " ".join(shown(run).split())
     shown(run, page=tmp_path / "page.html")

@@ -31,6 +31,8 @@ from tests.picture_sets import SETS, as_jsonl, gold, made_up, picture, wrong
 
 TASKS = Path(ai2d.__file__).parent
 MODULES = {"ai2d": ai2d, "chartqa": chartqa, "ocrbench": ocrbench, "textvqa": textvqa, "mmmu": mmmu}
+OF_TEXT = None
+"""The tokenizer of a model of text; nothing is tokenized where a task is refused."""
 FULL = {"points": 1000.0}
 """The most that a metric gives, where it is not 1."""
 
@@ -467,6 +469,23 @@ def test_a_row_whose_picture_cannot_be_had_is_left_out_with_the_reason_and_the_r
     assert chartqa.score(docs[0], ["0"]) == {}
 
 
+def test_a_picture_by_a_name_that_no_file_can_have_leaves_out_its_question_alone(mirror):
+    rows = [SETS["chartqa"][1](i) for i in range(60)]
+    as_jsonl(mirror, "chartqa", rows)
+    path = mirror / "lmms-lab/ChartQA/data/test.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for number, name in enumerate(["x." * 2500, "a\0b.png", "\ud800.png", "circle", "/9j/" + "4AAQ" * 50]):
+        lines[number]["image"] = name
+    (mirror / "lmms-lab/ChartQA/circle").symlink_to("circle")
+    path.write_text("\n".join(map(json.dumps, lines)))
+    reasons = [doc["excluded"] for doc in load("chartqa", 60).to_list()]
+    assert all("cannot be read as the path of a file" in reason and len(reason) < 300 for reason in reasons[:4])
+    assert (
+        reasons[4] == "image: base64; a picture is its bytes in a parquet file, or the path of a file in the folder of the set"
+    )
+    assert reasons[5:] == [None] * 55
+
+
 def test_a_copy_in_which_many_pictures_are_missing_is_refused(mirror):
     made_up(mirror, "ai2d", 20, lambda row: row | ({"image": {"bytes": b"", "path": None}} if row["answer"] == "1" else {}))
     with pytest.raises(
@@ -485,7 +504,10 @@ def test_a_suite_with_a_model_of_text_that_asks_about_pictures_is_refused_in_one
     done = CliRunner().invoke(app, [command, str(suite), "--results", str(tmp_path / "results")])
     said = " ".join(done.output.split())
     assert done.exit_code == 2
-    assert 'task[0].name: mmmu asks about pictures, and a model of kind "text" is given none; remove it, or ask it with' in said
+    assert (
+        'task[0].name: mmmu asks about pictures, and a model of kind "text" is given none; remove it, or set kind = "image-text"'
+        in said
+    )
     assert "task[1].name: docvqa asks about pictures" in said
     assert not list(own_cache.glob("stages/*"))
 
@@ -493,7 +515,7 @@ def test_a_suite_with_a_model_of_text_that_asks_about_pictures_is_refused_in_one
 def test_a_task_with_pictures_is_refused_before_its_data_are_read(mirror):
     for task in SETS:
         with pytest.raises(TaskError, match=f"task {task}: asks about pictures"):
-            asking.prepare(asking.task(task), None)
+            asking.prepare(asking.task(task), OF_TEXT)
         assert needs.missing(task) is None
 
 
@@ -507,8 +529,10 @@ def test_a_task_of_a_user_that_asks_about_pictures_is_refused_too(tmp_path):
         "task: see\ncustom_dataset: !function see.rows\ntest_split: test\noutput_type: generate_until\n"
         "doc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\ndoc_to_image: !function see.shown\n"
     )
-    with pytest.raises(TaskError, match="task see: needs images or sound, which no model of this version is given"):
-        asking.prepare(asking.task("see", path=tmp_path), None)
+    with pytest.raises(
+        TaskError, match='task see: asks about pictures, and a model of kind "text" is given none; remove it, or set'
+    ):
+        asking.prepare(asking.task("see", path=tmp_path), OF_TEXT)
 
 
 # -- what the task files declare

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import DataError
 from harness.models import mirror_folder
 from harness.row_files import file_rows
-from harness.tasks.pictures import grey_picture, require_readable, waiting_picture
+from harness.tasks.pictures import grey_picture, is_base64, require_readable, waiting_picture
 from harness.tasks.sources import RowSet, as_dataset, checked_row, mirror_origin, mirrored_files, require_whole
 
 if TYPE_CHECKING:
@@ -184,12 +184,18 @@ def _place(value: Any, place: dict[str, Any], root: Path, checked: dict[str, str
     if not isinstance(data, bytes):
         if not isinstance(name, str) or not name:
             return "no picture"
-        path = (root / name).resolve()
-        if not path.is_relative_to(root.resolve()):
-            return f"{name!r} leaves the folder of the set"
-        if not path.is_file():
-            return f"there is no file {name!r} in the folder of the set"
-        data, place = path.read_bytes(), {**place, "file": name, "row": None, "column": None}
+        if name.startswith("data:") or is_base64(name):
+            return "base64; a picture is its bytes in a parquet file, or the path of a file in the folder of the set"
+        named = repr(name[:200])
+        try:
+            path = (root / name).resolve()
+            if not path.is_relative_to(root.resolve()):
+                return f"{named} leaves the folder of the set"
+            if not path.is_file():
+                return f"there is no file {named} in the folder of the set"
+            data, place = path.read_bytes(), {**place, "file": name, "row": None, "column": None}
+        except (OSError, ValueError, RuntimeError):  # too long, no name that a file can have, links in a circle
+            return f"{named} cannot be read as the path of a file"
     digest = hashlib.sha256(data).hexdigest()
     if digest not in checked:
         checked[digest] = _why_unreadable(data)
