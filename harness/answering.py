@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from harness.engines import Engine, Failure, Outcome, Request, Sampling, identity
 from harness.errors import EngineError
 from harness.journal import Journal
+from harness.prepared import Ask
 
 
 def answer_requests(
@@ -106,6 +107,16 @@ def require_fit(question: str, n_prompt: int, n_answer: int, context_length: int
         raise EngineError(
             f"{question}: {n_prompt:,} prompt tokens and {n_answer:,} to answer are more than the context of {context_length:,}; prompts "
             "are never cut to fit: lower max_tokens, or give the engine a longer context"
+        )
+
+
+def require_few_images(task: str, asks: Sequence[Ask], limit: int) -> None:
+    """EngineError if a question of a task has more images than the engine takes in a prompt."""
+    most = max(asks, key=lambda ask: len(ask.images), default=None)
+    if most is not None and len(most.images) > limit:
+        raise EngineError(
+            f"{task}, question {most.doc}: {len(most.images)} images, and engine.args.limit_mm_per_prompt takes {limit} in a prompt; raise it "
+            "to as many, or leave it out"
         )
 
 

@@ -29,21 +29,27 @@ from torch import Tensor
 from torch.nn import functional
 
 from harness import loading
+from harness.batches import batch_of
 from harness.builtin import builtin_sequences
-from harness.data import Sequence
-from harness.engines.vllm import KERNELS, VllmEngine, available_kernels
+from harness.data import SPLITS, Sequence
+from harness.drawn import longest_question, write_drawings
+from harness.engines.vllm import KERNELS, VllmEngine, available_kernels, media_of, takes_images
 from harness.errors import EngineError, ModelError
 from harness.models import folder_fingerprint
+from harness.processor import Processor, load_processor
 from harness.progress import Reporter
 from harness.provenance import provenance
 from harness.records import open_results
+from harness.schema_data import Drawings
 from harness.store import Store, cache_folder, disk_errors, make_folder, write_json
+from harness.token_store import StoredSequences, TokenWriter
 from qad import divergence
-from qad.batch import Batch
+from qad.backbone import decoder_of, head_of
 from qad.clustered import ratio_with_stderr
 from qad.kernels import fake_quantize
 from qad.modules import Fp8Linear, QuantizedLinear, quantized_linears
 from qad.recipe import Format, groups_of
+from qad.stored_names import stored_layers
 
 SCHEMA = 1
 MODULE_TOKENS = 128
@@ -54,17 +60,27 @@ MAX_ERRORS = 3.0
 """The difference in mean KL may be this many of its standard errors."""
 NARROW = 0.05
 """Its 95 % interval must be narrower than plus or minus this share of the KL; text is added until it is."""
+SEQ_LEN = 192
+"""Tokens of a held-out sequence, at most, beside those of a picture."""
 _Z95 = 1.96
 
 
 def run_parity(
-    checkpoint: Path, model: Path, *, kernels: str | None, results: Path, seq_len: int, max_sequences: int, reporter: Reporter
+    checkpoint: Path,
+    model: Path,
+    *,
+    kernels: str | None,
+    results: Path,
+    seq_len: int | None,
+    max_sequences: int,
+    reporter: Reporter,
 ) -> tuple[dict[str, Any], Path]:
     """Compare the engines on one checkpoint; returns the record and the file that it is stored in.
 
     Args:
         checkpoint: a quantized folder.  model: the BF16 folder that it was made from.
         kernels: what vLLM shall compute with; None takes native FP4 where vLLM's table offers it, else the emulation.
+        seq_len: tokens of a sequence, at most; None takes SEQ_LEN, of chats about pictures beside a picture and its question.
         max_sequences: where to stop adding text; the verdict is INCONCLUSIVE if the interval is still too wide there.
     Raises:
         EngineError: vLLM cannot serve the checkpoint so.  ModelError: it is not quantized, or not of this model.
@@ -88,15 +104,23 @@ def run_parity(
     if tokenizer.get_vocab() != loading.load_tokenizer(model).get_vocab():
         raise ModelError(f"{checkpoint} and {model} have different vocabularies; give the BF16 model that it was made from")
     eos_ids = loading.eos_ids(checkpoint, tokenizer)
-    text = builtin_sequences(tokenizer, seq_len=seq_len, seed=0, eos_ids=eos_ids)["diagnostics"][:max_sequences]
-    with reporter.track("vLLM: load the checkpoint (about half a minute)"):
-        engine = VllmEngine(checkpoint, tokenizer, eos_ids=eos_ids, kernels=asked, args={"max_num_seqs": 8})
-    try:
-        with reporter.track("modules on equal inputs"):
-            modules = compare_modules(ours.model, engine, text, is_native=asked == "native")
-        agreement = compare_divergence(ours.model, teacher.model, engine, text, reporter)
-    finally:
-        engine.close()
+    processor = load_processor(checkpoint) if takes_images(checkpoint) else None
+    with tempfile.TemporaryDirectory() as folder:
+        if processor is None:
+            text = builtin_sequences(tokenizer, seq_len=seq_len or SEQ_LEN, seed=0, eos_ids=eos_ids)["diagnostics"][
+                :max_sequences
+            ]
+        else:
+            seq_len = seq_len or SEQ_LEN + longest_question(processor, Path(folder))
+            text = about_pictures(processor, Path(folder), seq_len=seq_len, eos_ids=eos_ids, count=max_sequences)
+        with reporter.track("vLLM: load the checkpoint (about half a minute)"):
+            engine = VllmEngine(checkpoint, tokenizer, eos_ids=eos_ids, kernels=asked, args={"max_num_seqs": 8})
+        try:
+            with reporter.track("modules on equal inputs"):
+                modules = compare_modules(ours.model, engine, text, is_native=asked == "native", processor=processor)
+            agreement = compare_divergence(ours.model, teacher.model, engine, text, reporter, processor=processor)
+        finally:
+            engine.close()
     record = {
         "schema": SCHEMA,
         "checkpoint": checkpoint.name,
@@ -137,16 +161,23 @@ def verdict(modules: dict[str, dict[str, Any]], agreement: dict[str, Any]) -> st
 
 
 @torch.no_grad()
-def compare_modules(model: Any, engine: Any, text: list[Sequence], *, is_native: bool) -> dict[str, dict[str, Any]]:
-    """Each fused group of `model` on inputs recorded from real text: vLLM's module and ours against the float64 product."""
+def compare_modules(
+    model: Any, engine: Any, text: list[Sequence], *, is_native: bool, processor: Processor | None = None
+) -> dict[str, dict[str, Any]]:
+    """Each fused group of `model` on inputs recorded from real text: vLLM's module and ours against the float64 product.
+
+    processor: of an image-text model; its modules are listed as vLLM names them.
+    """
     groups = fused_groups(model)
+    if processor is not None:
+        groups = named_as_served(model, engine, groups)
     served = engine.worker.ask({"do": "modules"})["modules"]
     if set(served) != set(groups):
         raise EngineError(
             f"vLLM quantizes other modules than we do; vLLM alone: {sorted(set(served) - set(groups))[:3]}, ours alone: "
             f"{sorted(set(groups) - set(served))[:3]}"
         )
-    inputs = record_inputs(model, groups, text)
+    inputs = record_inputs(model, groups, text, processor)
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: str(Path(folder) / f"{name}.safetensors") for name in ("inputs", "outputs")}
         save_file(inputs, paths["inputs"])
@@ -198,19 +229,27 @@ def compare_module(members: list[QuantizedLinear], x: Tensor, served: Tensor, *,
     }
 
 
-def compare_divergence(model: Any, teacher: Any, engine: Any, text: list[Sequence], reporter: Reporter) -> dict[str, Any]:
+def compare_divergence(
+    model: Any,
+    teacher: Any,
+    engine: Any,
+    text: list[Sequence],
+    reporter: Reporter,
+    *,
+    processor: Processor | None = None,
+) -> dict[str, Any]:
     """Mean KL to `teacher` under both engines over the same response tokens; text is added until the interval is narrow."""
-    heads = {"ours": model.get_output_embeddings().weight, "teacher": teacher.get_output_embeddings().weight}
+    heads = {"ours": head_of(model), "teacher": head_of(teacher)}
     rows: dict[str, list[divergence.SequenceDivergence]] = {name: [] for name in ("ours", "vllm", "between", "floor")}
     done = 0
     while True:
         upto = min(len(text), max(FIRST_SEQUENCES, 2 * done))
         with reporter.track(f"KL to BF16 under both engines, sequences {done + 1} to {upto}"):
-            batches = [_batch(sequence) for sequence in text[done:upto]]
+            batches = [batch_of([sequence], processor) for sequence in text[done:upto]]
             states = {
                 "teacher": list(divergence.final_hidden(teacher, batches)),
                 "ours": list(divergence.final_hidden(model, batches)),
-                "vllm": served_hidden(engine, text[done:upto]),
+                "vllm": served_hidden(engine, text[done:upto], processor),
             }
             with reordered(model):
                 states["floor"] = list(divergence.final_hidden(model, batches))
@@ -251,7 +290,27 @@ def fused_groups(model: Any) -> dict[str, list[QuantizedLinear]]:
     return {group.name: [quantized[name] for name in group.members] for group in groups}
 
 
-def record_inputs(model: Any, groups: dict[str, list[QuantizedLinear]], text: list[Sequence]) -> dict[str, Tensor]:
+def named_as_served(model: Any, engine: Any, groups: dict[str, list[QuantizedLinear]]) -> dict[str, list[QuantizedLinear]]:
+    """The groups by their names in vLLM, which follow from those in files: transformers renames much of an image-text model."""
+    own = {id(module): name for name, module in quantized_linears(model).items()}
+    first = {name: own[id(members[0])] for name, members in groups.items()}
+    stored = stored_layers(model)
+    in_files = [f"{stored[first[name]].rpartition('.')[0]}.{name.rpartition('.')[2]}" for name in groups]
+    served = engine.worker.ask({"do": "served_names", "names": in_files})["names"]
+    return dict(zip(served, groups.values(), strict=True))
+
+
+def about_pictures(processor: Processor, folder: Path, *, seq_len: int, eos_ids: set[int], count: int) -> list[Sequence]:
+    """Held-out chats about drawn pictures, at most `count`, whose images are kept in `folder`."""
+    section = Drawings(source="drawings", pictures=2 * count * 100 // SPLITS["diagnostics"], seq_len=seq_len)
+    with TokenWriter(folder) as writer:
+        write_drawings("parity", section, writer, processor=processor, eos_ids=eos_ids, length_key="--seq-len")
+    return list(StoredSequences(folder, "diagnostics", count))
+
+
+def record_inputs(
+    model: Any, groups: dict[str, list[QuantizedLinear]], text: list[Sequence], processor: Processor | None = None
+) -> dict[str, Tensor]:
     """The input (tokens, K) of each group before quantization, in a forward pass over the first tokens of `text`."""
     seen: dict[str, list[Tensor]] = {name: [] for name in groups}
     handles = [
@@ -260,7 +319,7 @@ def record_inputs(model: Any, groups: dict[str, list[QuantizedLinear]], text: li
     ]
     try:
         for sequence in text:
-            for _ in divergence.final_hidden(model, [_batch(sequence)]):
+            for _ in divergence.final_hidden(model, [batch_of([sequence], processor)]):
                 pass
             if sum(len(x[0]) for x in next(iter(seen.values()))) >= MODULE_TOKENS:
                 break
@@ -270,25 +329,30 @@ def record_inputs(model: Any, groups: dict[str, list[QuantizedLinear]], text: li
     return {name: torch.cat([x[0] for x in found])[:MODULE_TOKENS].contiguous() for name, found in seen.items()}
 
 
-def served_hidden(engine: Any, sequences: list[Sequence]) -> list[Tensor]:
+def served_hidden(engine: Any, sequences: list[Sequence], processor: Processor | None = None) -> list[Tensor]:
     """Final hidden states (1, tokens, width) of each sequence, taken inside vLLM's process."""
+    asked: dict[str, Any] = {"do": "hidden", "sequences": [list(s.token_ids) for s in sequences]}
+    if processor is not None:
+        media = [media_of(i, s.images, processor.unexpanded(s.token_ids, s.images)) for i, s in enumerate(sequences)]
+        asked["media"] = {number: about for one in media for number, about in one.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "hidden.safetensors"
-        engine.worker.ask({"do": "hidden", "sequences": [list(s.token_ids) for s in sequences], "path": str(path)})
+        engine.worker.ask(asked | {"path": str(path)})
         found = load_file(path)
     return [found[str(index)][None] for index in range(len(sequences))]
 
 
 @contextmanager
 def reordered(model: Any) -> Iterator[None]:
-    """The same arithmetic in another order: `model` computes attention with transformers' other implementation, and its
-    quantized layers add up the two halves of K in FP32.
+    """The same arithmetic in another order: the language model of `model` computes attention with transformers' other
+    implementation, and its quantized layers add up the two halves of K in FP32.
 
     With power-of-two scales the products of NVFP4 operands have so few bits that FP32 sums of them are exact in any order, so
     that attention is what differs.
     """
     changed = quantized_linears(model).values()
-    attention = model.config._attn_implementation
+    decoder: Any = decoder_of(model)
+    attention = decoder.config._attn_implementation
 
     def forward(module: QuantizedLinear, x: Tensor) -> Tensor:
         x = x if module.input_quantizer is None else module.input_quantizer(x)
@@ -299,12 +363,12 @@ def reordered(model: Any) -> Iterator[None]:
 
     other = {"sdpa": "eager", "eager": "sdpa"}.get(attention, attention)  # ours, which rounds the KV cache, stays
     try:
-        model.set_attn_implementation(other)
+        decoder.set_attn_implementation(other)
         for module in changed:
             module.forward = forward.__get__(module)  # type: ignore[method-assign]
         yield
     finally:
-        model.set_attn_implementation(attention)
+        decoder.set_attn_implementation(attention)
         for module in changed:
             del module.forward
 
@@ -334,8 +398,3 @@ def report(record: dict[str, Any], path: Path) -> list[str]:
         f"verdict               {record['verdict']}",
         f"stored in             {path}",
     ]
-
-
-def _batch(sequence: Sequence) -> Batch:
-    ids = torch.tensor([sequence.token_ids])
-    return Batch(ids, torch.ones_like(ids), torch.tensor([sequence.is_response]))

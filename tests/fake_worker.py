@@ -38,7 +38,7 @@ class Server:
         if then != "end":
             getattr(self, then)()
 
-    def answer(self, prompts, requests, eos_ids):
+    def answer(self, prompts, media, requests, eos_ids):
         """A response for each of the first FAKE_ANSWERS requests, the last one first; then what FAKE_THEN says."""
         if "FAKE_STARTED" in os.environ:
             with open(os.environ["FAKE_STARTED"], "w") as file:

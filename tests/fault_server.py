@@ -19,6 +19,8 @@ class FaultServer:
     """On a free port of loopback while it is entered.
 
     faults: by number of the completion (0, 1, ...) and its body, what goes wrong: a name that `_fault` knows, or None.
+    render: makes token ids of the messages of a chat, and of what its template is given, as the model's processor would; without it there
+        is no such path.
     shift, noise: what is added to the log probabilities of first tokens: always the same, and at random.
     """
 
@@ -34,6 +36,7 @@ class FaultServer:
             "owner": "tests",
             "is_page": False,
             "unready": 0,
+            "render": None,
         } | settings
         self.bodies, self.headers, self.paths = [], [], []
         self.in_flight = self.most_in_flight = 0
@@ -49,8 +52,8 @@ class FaultServer:
 
     @property
     def asked(self):
-        """Bodies of completions that ask for more than a first token."""
-        return [body for body in self.bodies if "logprobs" not in body]
+        """Bodies that ask for more than a first token."""
+        return [body for body in self.bodies if not is_look(body)]
 
     def __enter__(self):
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
@@ -60,6 +63,14 @@ class FaultServer:
         self.is_gone = True
         self.http.shutdown()
         self.http.server_close()
+
+    def chat_reply(self, body):
+        """What a good server says in a chat."""
+        prompt = self.settings["render"](body["messages"], **body.get("chat_template_kwargs", {}))
+        completion = self.reply(body | {"prompt": prompt})
+        (choice,) = completion["choices"]
+        found = {"prompt_token_ids": prompt} if choice.pop("prompt_token_ids", None) else {}
+        return completion | found | {"choices": [choice | {"message": {"role": "assistant", "content": choice.pop("text")}}]}
 
     def reply(self, body):
         """What a good server says."""
@@ -77,6 +88,11 @@ class FaultServer:
             choice["prompt_logprobs"] = [None] + [{str(t): {"logprob": -0.5, "rank": 1 + t % 2}} for t in prompt[1:]]
         usage = {"prompt_tokens": len(prompt), "completion_tokens": n}
         return {"model": self.model, "choices": [choice], "usage": usage}
+
+
+def is_look(body):
+    """Whether a body asks what a server is, rather than a question."""
+    return "logprobs" in body or ("messages" in body and body["max_tokens"] == 1)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -113,14 +129,38 @@ class Handler(BaseHTTPRequestHandler):
             server.most_in_flight = max(server.most_in_flight, server.in_flight)
         try:
             time.sleep(server.settings["delay"])
-            fault = None if "logprobs" in body else server.faults(number, body)
-            self.fail(fault, body) if fault else self.send(200, server.reply(body))
+            fault = None if is_look(body) else server.faults(number, body)
+            if self.path == "/v1/chat/completions":
+                self.chat(fault, body)
+            else:
+                self.fail(fault, body) if fault else self.send(200, server.reply(body))
         finally:
             with server.lock:
                 server.in_flight -= 1
 
+    def chat(self, fault, body):
+        server = self.server_of_faults
+        if server.settings["render"] is None:
+            self.send(400, {"error": {"message": "this model takes no images"}})
+            return
+        good = server.chat_reply(body)
+        n = good["usage"]["prompt_tokens"]
+        counted = good | {"prompt_token_ids": None}
+        replies = {
+            None: good,
+            "other_ids": good | {"prompt_token_ids": [*good.get("prompt_token_ids", [])[:-1], 9]},
+            "blind": counted | {"usage": {"prompt_tokens": n - 6}},
+            "longer": counted | {"usage": {"prompt_tokens": n + 64}},
+            "silent": counted,
+            "no_text": good | {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]},
+        }
+        if fault == "echo":
+            self.send(413, {"error": {"message": f"too large: {json.dumps(body['messages'])} with {SECRET}"}})
+        else:
+            self.send(200, replies[fault]) if fault in replies else self.fail(fault, body)
+
     def fail(self, fault, body):
-        good = self.server_of_faults.reply(body)
+        good = self.server_of_faults.reply({"prompt": [1]} | body)
         choice = good["choices"][0]
         replies = {
             "empty": good | {"choices": []},
@@ -132,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
             "list": [1, 2],
             "error_200": {"error": {"message": "out of luck"}},
             "other_model": good | {"model": "other"},
-            "cut_prompt": good | {"choices": [choice | {"prompt_token_ids": body["prompt"][1:]}]},
+            "cut_prompt": good | {"choices": [choice | {"prompt_token_ids": body.get("prompt", [])[1:]}]},
             "cut_answer": good | {"choices": [choice | {"token_ids": choice.get("token_ids", [])[:2]}]},
             "early_stop": good | {"choices": [choice | {"finish_reason": "stop"}]},
         }

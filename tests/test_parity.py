@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,20 +10,24 @@ from conftest import build_tiny_model
 from safetensors.torch import load_file, save_file
 
 from harness import cli, parity
-from harness.errors import EngineError, ModelError
-from harness.parity import choose_kernels, summarize, ulp, verdict
+from harness.drawn import longest_question
+from harness.errors import DataError, EngineError, ModelError
+from harness.images import Image
+from harness.parity import SEQ_LEN, about_pictures, choose_kernels, summarize, ulp, verdict
+from harness.processor import load_processor
 from qad import divergence
 from qad.checkpoint import load_checkpoint, write_checkpoint
 from qad.divergence import SequenceDivergence
 from qad.quantize import quantize_model
 from qad.recipe import Recipe, match
+from tests.tiny_vlm import IMAGE_TOKENS
 
 
 class StandIn:
     """Answers as vLLM's process does, with a model of ours; `distort` changes what its modules and forwards give."""
 
     def __init__(self, folder, tokenizer, *, distort=lambda x: x, **ignored):
-        self.model, self.distort, self.worker = load_checkpoint(folder).model, distort, self
+        self.model, self.distort, self.worker, self.folder = load_checkpoint(folder).model, distort, self, folder
         self.kernels, self.protocol = {"linear": "w4a4_emulation", "kv_cache": "bf16"}, {"vllm": "stand-in"}
 
     @torch.no_grad()
@@ -35,25 +40,39 @@ class StandIn:
             outputs = {n: torch.cat([m(inputs[n]) for m in members], dim=-1) for n, members in groups.items()}
             save_file({name: self.distort(y).contiguous() for name, y in outputs.items()}, message["outputs"])
             return {}
+        if message["do"] == "served_names":
+            return {"names": message["names"]}
         found = {}
         for index, ids in enumerate(message["sequences"]):
-            hidden = self.model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+            inputs = {"input_ids": torch.tensor([ids]), "use_cache": False}
+            if "media" in message:
+                inputs |= self.pixels(message["media"][str(index)], ids)
+            hidden = self.model.base_model(**inputs).last_hidden_state[0]
             found[str(index)] = self.distort(hidden).contiguous()
         save_file(found, message["path"])
         return {}
+
+    def pixels(self, media, ids):
+        processor = load_processor(self.folder)
+        images = [Image(Path(path).name, Path(path)) for path in media["images"]]
+        assert processor.unexpanded(ids, images) == tuple(media["unexpanded_ids"])
+        return processor.model_inputs([images], torch.tensor([ids]))
 
     def close(self):
         pass
 
 
-@pytest.fixture(scope="module")
-def packed(tiny_model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("packed")
-    model = load_checkpoint(tiny_model).model
+def quantized(folder, original):
+    model = load_checkpoint(original).model
     targets = match(model, Recipe())
     quantize_model(model, Recipe(), {group.name: 8.0 for group in targets.groups})
-    write_checkpoint(folder, model, targets=targets, companions=tiny_model, record={})
+    write_checkpoint(folder, model, targets=targets, companions=original, record={})
     return folder
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_model, tmp_path_factory):
+    return quantized(tmp_path_factory.mktemp("packed"), tiny_model)
 
 
 def run(monkeypatch, packed, model, results, *options, distort=lambda x: x) -> int:
@@ -81,6 +100,26 @@ def test_an_engine_with_our_numbers_passes_and_its_record_is_stored(monkeypatch,
     assert "native FP4: not measured" in printed
     assert "verdict               PASS" in printed
     assert path.name.endswith("-w4a4_emulation.json")
+
+
+def test_the_length_of_chats_about_pictures_follows_from_the_tokens_of_a_picture(tiny_vlm, tmp_path):
+    processor = load_processor(tiny_vlm)
+    n = longest_question(processor, tmp_path)
+    asked = {"eos_ids": {2}, "count": 2}
+    (tmp_path / "fits").mkdir(), (tmp_path / "short").mkdir()
+    assert n > IMAGE_TOKENS and about_pictures(processor, tmp_path / "fits", seq_len=n + SEQ_LEN, **asked)
+    with pytest.raises(DataError, match=r"^--seq-len: no picture fits 32 tokens with a question .* raise it"):
+        about_pictures(processor, tmp_path / "short", seq_len=32, **asked)
+
+
+def test_an_image_text_model_is_compared_on_chats_about_pictures(monkeypatch, tiny_vlm, tmp_path, capsys):
+    packed = quantized(tmp_path / "packed", tiny_vlm)
+    assert run(monkeypatch, packed, tiny_vlm, tmp_path / "results", "--max-sequences", 4) == 3  # too little text
+    (path,) = (tmp_path / "results" / "parity").iterdir()
+    record = json.loads(path.read_text())
+    assert record["kl"]["difference"] == 0 == record["kl"]["kl"]["between"]["kl"] and record["kl"]["n_sequences"] == 4
+    assert len(record["modules"]) == 8 and all(module["holds"] for module in record["modules"].values())
+    assert "verdict               INCONCLUSIVE" in capsys.readouterr().out
 
 
 def test_too_little_text_is_inconclusive(monkeypatch, packed, tiny_model, tmp_path):
@@ -197,7 +236,7 @@ def test_ulp_is_the_distance_to_the_next_bf16_number():
 
 def test_another_order_changes_hidden_states_and_is_undone(packed):
     model = load_checkpoint(packed).model
-    batch = [parity._batch(parity.Sequence(tuple(range(40, 80)), (True,) * 40))]
+    batch = [parity.batch_of([parity.Sequence(tuple(range(40, 80)), (True,) * 40)])]
     (before,) = divergence.final_hidden(model, batch)
     with parity.reordered(model):
         (within,) = divergence.final_hidden(model, batch)

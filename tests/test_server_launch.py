@@ -12,10 +12,11 @@ from test_server import no_network  # noqa: F401  (loopback alone)
 
 from harness import loading
 from harness.engines import Answer, Request, Sampling
+from harness.engines import launch as launch_of_servers
 from harness.engines import server as server_engine
 from harness.engines.kernel_report import PATH, KernelReport
-from harness.engines.launch import Launched, vllm_serve
-from harness.engines.server import KERNELS_UNVERIFIED, ServerEngine, require_plugin
+from harness.engines.launch import Launched, require_plugin, vllm_serve
+from harness.engines.server import KERNELS_UNVERIFIED, ServerEngine
 from harness.engines.serving import Serving
 from harness.errors import EngineError
 from harness.schema import Engine
@@ -221,7 +222,7 @@ def test_kernels_that_the_server_names_are_held_against_those_asked_for(tiny_mod
 
 
 def test_kernels_of_ours_need_this_package_installed(tiny_model, monkeypatch):
-    monkeypatch.setattr(server_engine, "entry_points", lambda group: [])
+    monkeypatch.setattr(launch_of_servers, "entry_points", lambda group: [])
     require_plugin("native")
     message = "w4a16 is ours, and vLLM's processes find it by .* install it again"
     with pytest.raises(EngineError, match=message):

@@ -1,5 +1,6 @@
 """A real `vllm serve` on this machine's CPU, from a checkpoint whose generation_config.json is hostile. Starting it takes most of the time."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -7,12 +8,16 @@ from pathlib import Path
 
 import pytest
 from conftest import build_tiny_model
+from image_requests import build_seeing_vlm, mixed, noise, outcomes
 from test_server import no_network  # noqa: F401  (loopback alone)
 from test_vllm import export
 
 from harness import loading
-from harness.engines import Request, Sampling
+from harness.engines import Answer, Request, Sampling
 from harness.engines.server import ServerEngine
+from harness.errors import EngineError
+from harness.images import keep_picture
+from harness.processor import load_processor
 from harness.schema_server import Endpoint
 from qad.recipe import Recipe
 
@@ -94,5 +99,27 @@ def test_vllm_serves_a_checkpoint_with_the_kernels_and_the_sampling_asked_for_al
             given.close()
         (record,) = tmp_path.glob("*.json")
         assert all(len(top) >= 20 for top in json.loads(record.read_text())["reading"])
+    finally:
+        engine.close()
+
+
+def test_vllm_serves_an_image_text_model_and_returns_the_prompts_that_were_rendered(installed, tiny_vlm, tmp_path, monkeypatch):
+    root = str(Path(__file__).parent.parent)
+    monkeypatch.syspath_prepend(str(installed))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(installed), root]))
+    folder = build_seeing_vlm(tmp_path / "seeing", tiny_vlm)
+    processor = load_processor(folder)
+    pictures = [keep_picture(noise(i, 20 + i), tmp_path / "images") for i in range(6)]
+    batch = mixed(processor, pictures, continuation=None, sampling=Sampling(max_tokens=6, until=()))
+    engine = make(folder, tmp_path, args=ARGS)
+    try:
+        assert (engine.kernels["linear"], engine.flags, engine.protocol["image_prompts"]) == ("bf16", (), "returned")
+        found = outcomes(engine, batch)
+        assert all(isinstance(answer, Answer) and answer.token_ids for answer in found)
+        blind = [dataclasses.replace(one, images=(pictures[5],) * len(one.images)) for one in batch]
+        assert [answer.token_ids for answer in outcomes(engine, blind)] != [answer.token_ids for answer in found]
+        other = dataclasses.replace(batch[0], token_ids=(*batch[0].token_ids[:-1], 7))
+        with pytest.raises(EngineError, match=f"that differ from token {len(other.token_ids) - 1} on"):
+            outcomes(engine, [other])
     finally:
         engine.close()

@@ -5,9 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
+
+from harness.images import Image
+
+RENDERING_UNVERIFIED = "unverified rendering"
+"""A flag of an engine that renders chats with images and does not say which tokens it makes of them; nothing else is touched by it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +31,9 @@ class Request:
     """A prompt to go on from (`sampling`), or a continuation whose likelihood is asked for. One of the two is set.
 
     seed: of this request and repeat; None for greedy and likelihood requests, which draw nothing.
+    images: in the order of their tokens. With images also unexpanded_ids, the prompt with one token an image, and messages, the chat that
+        was rendered, both for engines that expand or render themselves: what they make of it must be `token_ids`. template_args: what the
+        chat template was given.
     """
 
     token_ids: tuple[int, ...]
@@ -33,11 +41,16 @@ class Request:
     continuation: tuple[int, ...] | None = None
     repeat: int = 0
     seed: int | None = None
+    images: tuple[Image, ...] = ()
+    unexpanded_ids: tuple[int, ...] = field(default=(), compare=False)
+    messages: tuple[dict[str, Any], ...] = field(default=(), compare=False)
+    template_args: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @cached_property
     def hash(self) -> str:
-        """sha256 of the prompt's token ids and the continuation: what is asked, whoever answers and however often."""
-        asked: dict[str, Any] = {"token_ids": self.token_ids, "media": [], "continuation": self.continuation}
+        """sha256 of the prompt's token ids, its images and the continuation: what is asked, whoever answers and however often."""
+        media = [image.digest for image in self.images]
+        asked: dict[str, Any] = {"token_ids": self.token_ids, "media": media, "continuation": self.continuation}
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 

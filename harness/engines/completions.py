@@ -1,7 +1,7 @@
 """A client of the completions protocol (OpenAI's, with vLLM's extensions): one prompt of token ids a request.
 
 What can pass by itself (no connection, a time-out, status 408, 429 or 5xx, an answer that is none) is asked again, later and
-later; what cannot is an EngineError with the server's words. No message holds a key or a prompt, whatever the server says.
+later; what cannot is an EngineError with the server's words. No message holds a key, a prompt or an image, whatever the server says.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _IDLE_S = 2.0
 _WORDS = 300
 _QUOTED = 24
 """So many characters in a row that are the prompt's are taken for a quotation of it."""
+_IMAGES = re.compile(r"(?:data:[\w/.+-]*;base64,)?[A-Za-z0-9+/=]{64,}|data:[\w/.+-]*;base64,\S*")
 _NUMBERS = re.compile(r"(?:\d+\s*,\s*){4,}\d*")
 
 
@@ -111,8 +112,8 @@ class Completions:
         return words.replace(self._key, "[key]") if self._key else words
 
     def shown(self, words: str, prompt: Callable[[], str] = str) -> str:
-        """Words of a server as they may be shown: on one line, short, without the key, numbers in a row and quoted prompt."""
-        words = _NUMBERS.sub("[numbers]", " ".join(self.redacted(words).split()))
+        """Words of a server as they may be shown: on one line, short, without the key, images, numbers in a row and quoted prompt."""
+        words = _NUMBERS.sub("[numbers]", _IMAGES.sub("[image]", " ".join(self.redacted(words).split())))
         words = _without(words[: 4 * _WORDS], " ".join(prompt().split()))
         return words if len(words) <= _WORDS else f"{words[:_WORDS]} ..."
 

@@ -7,7 +7,7 @@ is an EngineError, or a Failure where only this request is concerned.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -15,6 +15,8 @@ from harness.engines import Answer, Failure, Likelihood, Request, Sampling
 from harness.engines.completions import Unanswered
 from harness.engines.hf import read_answer
 from harness.errors import EngineError
+
+T = TypeVar("T", bound=BaseModel)
 
 LEAST_LOGPROB = -9999.0
 """What vLLM's server writes for minus infinity."""
@@ -100,13 +102,7 @@ def read_reply(raw: dict[str, Any], request: Request, *, model: str, where: str)
     Raises:
         Unanswered: it is none.  EngineError: another model answered, or the prompt was not taken as it was sent.
     """
-    if (found := raw.get("choices")) is not None and isinstance(found, list) and len(found) != 1:
-        raise Unanswered(f"{len(found)} choices where 1 was asked for")
-    try:
-        reply = Reply.model_validate(raw)
-    except ValidationError as error:
-        problem = error.errors(include_input=False)[0]
-        raise Unanswered(f"{'.'.join(map(str, problem['loc']))}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
+    reply = validated(Reply, raw)
     if reply.model not in (model, None):
         raise EngineError(f"{where}: asked for model {model}, answered by {reply.model!r:.100}; declare the one that answers")
     taken, n_sent = reply.choices[0].prompt_token_ids, len(_sent(request))
@@ -117,6 +113,17 @@ def read_reply(raw: dict[str, Any], request: Request, *, model: str, where: str)
             "without adding, cutting or changing any"
         )
     return reply
+
+
+def validated(kind: type[T], raw: dict[str, Any]) -> T:
+    """A reply as a model of `kind`; Unanswered, with the first thing that is wrong, if it is none."""
+    if (found := raw.get("choices")) is not None and isinstance(found, list) and len(found) != 1:
+        raise Unanswered(f"{len(found)} choices where 1 was asked for")
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        problem = error.errors(include_input=False)[0]
+        raise Unanswered(f"{'.'.join(map(str, problem['loc']))}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
 
 
 def answer_of(reply: Reply, sampling: Sampling, *, tokenizer: Any, eos_ids: frozenset[int], seconds: float) -> Answer | Failure:

@@ -1,14 +1,15 @@
-"""The engine in process: a transformers model on the CPU; greedy decoding, sampling and likelihoods in padded batches.
+"""The engine in process: a transformers model; greedy decoding, sampling and likelihoods in padded batches, with or without images.
 
-A sampled token is drawn by inverting the cumulative distribution at one uniform number of the request's own generator: what
-is drawn for a request depends on its seed and its logits, not on the other rows of the batch.
+The images of a batch go to the model once, in the order of their tokens, when the prompts are read. A sampled token is drawn by inverting the
+cumulative distribution at one uniform number of the request's own generator: what is drawn for a request depends on its seed and its
+logits, not on the other rows of the batch.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,31 +18,61 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from harness.engines import Answer, Likelihood, Outcome, Request, Sampling
 from harness.errors import EngineError
+from harness.models import TEXT_CONFIGS
+from harness.processor import Processor
+from qad.backbone import last_hidden, speaker_of
 from qad.checkpoint import Loaded
 
 VERSION = 1
 DEFAULT_BATCH_SIZE = 32
 SHORTLIST = 1024
 """Tokens among which top_p looks first; a row of which they hold too little looks further."""
+_LENGTH = "max_position_embeddings"
+
+
+def context_length(config: Any) -> int:
+    """Tokens that a model holds, by its loaded configuration; EngineError if it does not say."""
+    parts = [config.get_text_config(), *(getattr(config, key, None) for key in TEXT_CONFIGS)]
+    given = (part if isinstance(part, dict) else {_LENGTH: getattr(part, _LENGTH, None)} for part in parts)
+    found = next((part[_LENGTH] for part in given if part.get(_LENGTH) is not None), None)
+    if found is None:
+        raise EngineError(
+            f"the configuration of {type(config).__name__} says nowhere how many tokens the model holds ({_LENGTH}, beside or in "
+            f"{', '.join(TEXT_CONFIGS)}); add it to config.json"
+        )
+    return int(found)
 
 
 class HfEngine:
-    """Answers with a loaded checkpoint. Batches are of equal kind and sampling, sorted by length."""
+    """Answers with a loaded checkpoint. Batches are of equal kind and sampling, sorted by length.
+
+    processor: gives the model's own, which is asked for when the first request with images comes; None for a model of text alone.
+    """
 
     answers_depend_on_batch = True
     flags: tuple[str, ...] = ()
 
-    def __init__(self, loaded: Loaded, tokenizer: Any, *, eos_ids: set[int], args: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        tokenizer: Any,
+        *,
+        eos_ids: set[int],
+        args: dict[str, Any],
+        processor: Callable[[], Processor] | None = None,
+    ) -> None:
         self.model = loaded.model
         self.model.generation_config = GenerationConfig()  # transformers takes from it what a request leaves open
         self.kernels = loaded.kernels
         self.backend: str | None = loaded.backend
         self.tokenizer = tokenizer
         self.eos_ids = frozenset(eos_ids)
-        self.context_length = int(self.model.config.max_position_embeddings)
+        self.context_length = context_length(self.model.config)
         self.batch_size = int(args.get("batch_size", DEFAULT_BATCH_SIZE))
         self.protocol = {"engine": "hf", "version": VERSION, "batch_size": self.batch_size}
         self._pad = min(self.eos_ids)
+        self._make_processor = processor
+        self._processor: Processor | None = None
 
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
         kinds: dict[Any, list[int]] = {}
@@ -71,6 +102,7 @@ class HfEngine:
         generated = self.model.generate(
             input_ids=ids.to(self.model.device),
             attention_mask=mask.to(self.model.device),
+            **self._image_inputs(batch, ids),
             generation_config=GenerationConfig(
                 do_sample=False, max_new_tokens=sampling.max_tokens, eos_token_id=sorted(self.eos_ids), pad_token_id=self._pad
             ),
@@ -89,16 +121,25 @@ class HfEngine:
         for row, tokens in enumerate(rows):
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
-        hidden = self.model.base_model(
-            input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device), use_cache=False
-        ).last_hidden_state
-        head = self.model.get_output_embeddings()
+        inputs = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device), "use_cache": False}
+        hidden = last_hidden(self.model, inputs | self._image_inputs(batch, ids))
+        head = speaker_of(self.model).get_output_embeddings()
         found = [
             _score(head(hidden[row, len(r.token_ids) - 1 : len(rows[row]) - 1]), r.continuation or ())
             for row, r in enumerate(batch)
         ]
         seconds = (time.perf_counter() - began) / len(batch)
         return [Likelihood(logprob, is_greedy, seconds) for logprob, is_greedy in found]
+
+    def _image_inputs(self, batch: Sequence[Request], ids: Tensor) -> dict[str, Tensor]:
+        """What the model is called with besides tokens, for the padded `ids` (requests, tokens) of a batch; {} without images."""
+        if not any(request.images for request in batch):
+            return {}
+        if self._make_processor is None:
+            raise EngineError('a request with images, but the model was loaded as one of text; set [model] kind = "image-text"')
+        self._processor = self._processor or self._make_processor()
+        found = self._processor.model_inputs([request.images for request in batch], ids)
+        return {name: value.to(self.model.device) for name, value in found.items()}
 
 
 def read_answer(tokenizer: Any, eos_ids: frozenset[int], tokens: list[int], sampling: Sampling, seconds: float) -> Answer:

@@ -7,6 +7,8 @@ protocol can stand in its place, as a command with placeholders.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import json
 import os
 import signal
 import socket
@@ -15,13 +17,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from harness.engines import kernel_report
 from harness.engines.supervisor import GRACE_S
+from harness.engines.vllm import worker_environment
 from harness.errors import EngineError
 from harness.provenance import package_versions
+from qad.vllm_plugin import CHOICES as OURS
+from qad.vllm_plugin import register
 
 HOST = "127.0.0.1"
 _LAST_WORDS = 2000
@@ -110,6 +116,31 @@ def vllm_serve(options: dict[str, Any]) -> list[str]:
     ]
 
 
+def require_plugin(asked: str | None, *, has_images: bool = False) -> None:
+    """EngineError if kernels or image processors of ours are needed and vLLM's processes would not find them."""
+    found = [point.value for point in entry_points(group="vllm.general_plugins")]
+    if f"{register.__module__}:{register.__name__}" in found:
+        return
+    if asked in OURS:
+        needed = f"engine.kernels: {asked} is ours"
+    elif has_images and importlib.util.find_spec("torchvision") is None:
+        needed = "the image processors that do without torchvision are ours"
+    else:
+        return
+    raise EngineError(
+        f"{needed}, and vLLM's processes find it by what this package declares when it is installed; "
+        "install it again (pip install -e . in its folder), or use the vllm engine"
+    )
+
+
+def server_environment(asked: str | None, *, has_images: bool) -> dict[str, str]:
+    """The variables of a server of ours; those that shape the vllm engine's one process are left out."""
+    kept = worker_environment(asked, has_images=has_images)
+    return {
+        key: kept[key] for key in kept if key not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_ALLOW_INSECURE_SERIALIZATION")
+    }
+
+
 def wait_between_looks(began: float) -> float:
     """Sleep until the next look at a server that is starting; seconds since `began`."""
     time.sleep(_LOOK_S)
@@ -127,7 +158,7 @@ def _flag(option: str, value: Any) -> list[str]:
     name = option.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}", str(value)]
+    return [f"--{name}", json.dumps(value) if isinstance(value, (dict, list)) else str(value)]
 
 
 def _filled(part: str, values: dict[str, str]) -> str:

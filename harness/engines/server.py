@@ -1,7 +1,7 @@
 """A server that speaks the completions protocol behind the engine protocol: one the harness starts, or one that is there.
 
-Prompts travel as the token ids that the harness rendered, with complete sampling parameters, so that no default of a server or
-of a checkpoint's generation_config.json acts; where a reply shows that something else was asked or done, it is no answer. A
+Prompts travel as the token ids that the harness rendered, those with images as chats (`chat`), with complete sampling
+parameters, so that no default of a server or of a checkpoint's generation_config.json acts; where a reply shows that something else was asked or done, it is no answer. A
 server that the harness starts from the checkpoint folder proves its kernels (`kernel_report`), where its command can. Of one
 that is there neither weights nor kernels can be proven: they are recorded as unverified, with a fingerprint that is held
 against every later start.
@@ -16,22 +16,20 @@ import json
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
-from harness.engines import Failure, Outcome, Request, Sampling, kernel_report
+from harness.engines import RENDERING_UNVERIFIED, Failure, Outcome, Request, Sampling, chat, kernel_report
 from harness.engines.completions import Completions, Unanswered
 from harness.engines.exchange import Reply, answer_of, body_of, likelihood_of, read_reply
 from harness.engines.fingerprint import PROMPTS, TOP, Fingerprint, Reading
-from harness.engines.launch import Launched, vllm_serve, wait_between_looks
-from harness.engines.vllm import asked_kernels, require_kernels, require_servable, vllm_options, worker_environment
+from harness.engines.launch import Launched, require_plugin, server_environment, vllm_serve, wait_between_looks
+from harness.engines.vllm import asked_kernels, require_kernels, require_servable, takes_images, vllm_options
 from harness.errors import EngineError
+from harness.models import text_config_with_defaults
 from harness.numerics import versions
 from harness.provenance import VLLM_PACKAGES, package_versions, vllm_device_kind
 from harness.schema_server import OF_THE_CLIENT, Endpoint, Launch
-from qad.vllm_plugin import CHOICES as OURS
-from qad.vllm_plugin import register
 
 T = TypeVar("T")
 
@@ -87,6 +85,7 @@ class ServerEngine:
         self._runner = asyncio.Runner()
         self._client: Completions | None = None
         self._launched: Launched | None = None
+        self._tells_tokens = False
         given = {key: value for key, value in args.items() if key not in OF_THE_CLIENT}
         try:
             if endpoint is None:
@@ -177,7 +176,7 @@ class ServerEngine:
         about: dict[str, Any] = {"command": list(launch.command or ("vllm serve",)), "asked_kernels": asked["linear"]}
         if is_vllm:
             require_servable(self.folder, kernels=kernels, args=args)
-            require_plugin(asked["linear"])
+            require_plugin(asked["linear"], has_images=takes_images(self.folder))
             options = vllm_options(self.folder, kernels=asked["linear"], args=args)
             options |= {
                 key: args[key] for key in ("data_parallel_size",) if key in args
@@ -186,7 +185,7 @@ class ServerEngine:
             about |= {"engine_packages": package_versions(VLLM_PACKAGES)}
             args = options
         command = launch.command or tuple(vllm_serve(args))
-        environment = _server_environment(asked["linear"])
+        environment = server_environment(asked["linear"], has_images=takes_images(self.folder))
         self._launched = Launched(command, self.folder, environment=environment, startup_s=launch.startup_s)
         self._client = self._connected(self._launched.url)
         listed = self._wait_until_ready(self._launched)
@@ -205,6 +204,7 @@ class ServerEngine:
         self.kernels = found or {part: f"unverified {wanted}" for part, wanted in asked.items()}
         self.flags: tuple[str, ...] = () if found else (KERNELS_UNVERIFIED,)
         self._run(self._first_tokens(PROMPTS[:1]))
+        self._look_at_images()
 
     def _connect(
         self, endpoint: Endpoint, weights: str, kernels: str | None, args: dict[str, Any], records: Path | None
@@ -234,6 +234,7 @@ class ServerEngine:
             )
         else:
             self.flags += (NO_FINGERPRINT,)
+        self._look_at_images()
 
     def _wait_until_ready(self, launched: Launched) -> dict[str, dict[str, Any]]:
         began, waited = time.monotonic(), 0.0
@@ -312,16 +313,30 @@ class ServerEngine:
         return await self._exchange(request, {}, read)
 
     async def _exchange(self, request: Request, more: dict[str, Any], read: Callable[[Reply, float], T]) -> T:
-        """What `read` makes of the reply, and of the seconds that it took when it came."""
+        """What `read` makes of the reply, and of the seconds that it took when it came. With images it is a chat that is asked."""
+        has_images, where = bool(request.images), self.client.url
 
         def read_raw(raw: dict[str, Any], seconds: float) -> T:
-            return read(read_reply(raw, request, model=self.model, where=self.client.url), seconds)
+            if has_images:
+                return read(
+                    chat.read_chat(raw, request, model=self.model, where=where, tells_tokens=self._tells_tokens), seconds
+                )
+            return read(read_reply(raw, request, model=self.model, where=where), seconds)
 
         def prompt() -> str:
             return str(self.tokenizer.decode(list(request.token_ids)))
 
-        body = body_of(request, model=self.model, eos_ids=self.eos_ids, is_vllm=self._is_vllm) | more
-        return await self.client.post("completions", body, read_raw, prompt)
+        path, form = (chat.PATH, chat.chat_body_of) if has_images else ("completions", body_of)
+        body = form(request, model=self.model, eos_ids=self.eos_ids, is_vllm=self._is_vllm) | more
+        return await self.client.post(path, body, read_raw, prompt)
+
+    def _look_at_images(self) -> None:
+        """Learn, of an image-text model, whether the server says what it makes of a chat with images."""
+        if takes_images(self.folder):
+            asked = chat.image_prompts(self.client, model=self.model, eos_ids=self.eos_ids, is_vllm=self._is_vllm)
+            self.protocol |= {"images_rendered_by": "server", "image_prompts": self._run(asked)}
+            self._tells_tokens = self.protocol["image_prompts"] == "returned"
+            self.flags += () if self._tells_tokens else (RENDERING_UNVERIFIED,)
 
     def _hopeless(self, reason: str, has_answered: bool) -> str:
         if self._launched is not None:
@@ -361,28 +376,9 @@ def key_of(endpoint: Endpoint) -> str | None:
 
 
 def _configured_length(folder: Path) -> int:
-    config = json.loads((folder / "config.json").read_text())
-    length = (config.get("text_config") or config).get("max_position_embeddings")
+    length = text_config_with_defaults(json.loads((folder / "config.json").read_text())).get("max_position_embeddings")
     if length is None:
         raise EngineError(
             f"{folder}: neither its config.json nor the server says how long a context may be; set engine.args.max_model_len"
         )
     return int(length)
-
-
-def require_plugin(asked: str | None) -> None:
-    """EngineError if kernels of ours are asked for and vLLM's processes would not find them."""
-    found = [point.value for point in entry_points(group="vllm.general_plugins")]
-    if asked in OURS and f"{register.__module__}:{register.__name__}" not in found:
-        raise EngineError(
-            f"engine.kernels: {asked} is ours, and vLLM's processes find it by what this package declares when it is installed; "
-            "install it again (pip install -e . in its folder), or use the vllm engine"
-        )
-
-
-def _server_environment(asked: str | None) -> dict[str, str]:
-    """The variables of a server of ours; those that shape the vllm engine's one process are left out."""
-    kept = worker_environment(asked)
-    return {
-        key: kept[key] for key in kept if key not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_ALLOW_INSECURE_SERIALIZATION")
-    }

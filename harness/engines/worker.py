@@ -180,8 +180,8 @@ def stream(asked: Sequence[tuple[Worker, dict[str, Any]]]) -> Generator[dict[str
 def serve(handler: Any) -> None:
     """The process' side, its whole life: for each message {"do": name, ...} call handler.<name>(**rest), reply its result.
 
-    A handler that gives an iterator has each of its items sent when it comes. What the handler raises is replied as an error and written to standard error with its traceback. Standard output is kept
-    for messages: whatever else prints is sent to standard error.
+    A handler that gives an iterator has each of its items sent when it comes. What the handler raises is replied as an error and written to
+    standard error with its traceback. Standard output is kept for messages: whatever else prints is sent to standard error.
     """
     die_with_parent(int(sys.argv[1]))
     channel = Channel(os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb"))
