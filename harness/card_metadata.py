@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from harness.controls import is_control
 from harness.task_files import metadata_of
 
 if TYPE_CHECKING:
     from harness.card import Subject
 
-_PIPELINES = {"text": "text-generation"}
+_PIPELINES = {"text": "text-generation", "image-text": "image-text-to-text"}
+"""What the hub calls the use of a model, by the suite's `model.kind`."""
+_TASKS = {"text-generation": "Text generation", "image-text-to-text": "Image-text to text"}
 
 
 def front_matter_of(subject: Subject) -> str:
@@ -17,7 +20,8 @@ def front_matter_of(subject: Subject) -> str:
     from huggingface_hub import ModelCardData
 
     licence, layout = subject.licence, subject.exported["layout"]
-    results = [found for name, task in subject.row["tasks"].items() if (found := _result(name, task)) is not None]
+    pipeline = _PIPELINES[subject.about["resolved"]["model"]["kind"]]
+    results = [found for name, task in subject.row["tasks"].items() if (found := _result(name, task, pipeline)) is not None]
     data = ModelCardData(
         base_model=subject.base,
         base_model_relation="quantized" if subject.base else None,
@@ -25,7 +29,7 @@ def front_matter_of(subject: Subject) -> str:
         license_name=licence.name if licence else None,
         license_link=licence.link if licence else None,
         library_name="vllm",
-        pipeline_tag=_PIPELINES.get(subject.about["resolved"]["model"]["kind"]),
+        pipeline_tag=pipeline,
         tags=["nvfp4", "fp4", "quantized", subject.row["method"], *([layout] if layout else [])],
         model_name=subject.name,
         eval_results=results or None,
@@ -39,12 +43,12 @@ def dataset_of(task: str) -> str | None:
     return str(named) if named else None
 
 
-def _result(name: str, task: dict[str, Any]) -> Any:
-    """An entry of `model-index`, shares in percent; None without a value."""
+def _result(name: str, task: dict[str, Any], pipeline: str) -> Any:
+    """An entry of `model-index`, shares in percent; None without a value, and of a control, which is no score."""
     from huggingface_hub import EvalResult
 
     metric = task["metrics"][task["primary"]]
-    if metric["value"] is None:
+    if metric["value"] is None or is_control(task):
         return None
     scale = 100 if metric["unit"] == "share" else 1
     flags = list(task["flags"] or ())
@@ -57,8 +61,8 @@ def _result(name: str, task: dict[str, Any]) -> Any:
         "flags": flags,
     }
     return EvalResult(
-        task_type="text-generation",
-        task_name="Text generation",
+        task_type=pipeline,
+        task_name=_TASKS[pipeline],
         dataset_type=dataset_of(name) or name,
         dataset_name=name,
         metric_type=task["primary"],

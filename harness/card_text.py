@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.card_metadata import front_matter_of
+from harness.controls import CONTROL, is_control
 from harness.licence import NOT_FOUND
 from harness.models import public_name
 from harness.table_against import difference_text, ratio_text
@@ -80,7 +83,7 @@ def _task_row(subject: Subject, name: str, task: dict[str, Any]) -> tuple[str, .
     repeats = task["repeats"] or 1
     n = f"{task['n_questions'] or metric['n_scored']:,}" + (f" × {repeats}" if repeats > 1 else "")
     return (
-        name,
+        f"{name} ({CONTROL})" if is_control(task) else name,
         MISSING if baseline is None else score_text(baseline["metrics"][baseline["primary"]]) + marks(baseline),
         score_text(metric) + marks(task),
         difference_text(found) if is_compared and found else MISSING,
@@ -198,15 +201,28 @@ def _relabelled(subject: Subject) -> str:
 
 
 def _left_alone(subject: Subject) -> list[str]:
-    excluded = subject.variant.get("excluded") or ()
-    listed = ", ".join(f"`{name}`" for name in excluded[:20]) + (
-        f" and {len(excluded) - 20:,} more" if len(excluded) > 20 else ""
-    )
+    excluded = _summarized(subject.variant.get("excluded") or ())
+    listed = ", ".join(excluded[:20]) + (f" and {len(excluded) - 20:,} more" if len(excluded) > 20 else "")
     if not subject.variant.get("quantization"):
         return ["What the configuration of the checkpoint leaves alone."]
-    return [
+    lines = [
         f"Everything but the quantized linear layers: embeddings, norms{', and of the linear layers ' + listed if excluded else ''}."
     ]
+    kept = subject.variant.get("kept")
+    if kept:
+        lines += [
+            "",
+            f"{kept['parameters']:,} parameter tensors are those of the BF16 model, bit for bit (sha256 `{kept['digest'][:16]}`).",
+        ]
+    return lines
+
+
+def _summarized(names: Sequence[str]) -> list[str]:
+    """Names of layers, in their order; those that differ in numbers alone, as the layers of a stack do, in one entry with their count."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
+    return [f"`{members[0]}`" if len(members) == 1 else f"`{pattern}` ({len(members):,})" for pattern, members in alike.items()]
 
 
 def _serving(subject: Subject) -> list[str]:

@@ -247,7 +247,9 @@ def parity(
     model: Annotated[Path, typer.Option(help="The BF16 folder that it was made from.")],
     kernels: Annotated[str | None, typer.Option(help="What vLLM computes with; native FP4 where there is any.")] = None,
     results: Annotated[Path, typer.Option(help="Where the record is kept, in parity/.")] = Path("results"),
-    seq_len: Annotated[int, typer.Option(min=32, help="Tokens of a held-out sequence, at most.")] = 192,
+    seq_len: Annotated[
+        int | None, typer.Option(min=32, help="Tokens of a held-out sequence, at most; 192, beside a picture.")
+    ] = None,
     max_sequences: Annotated[int, typer.Option(min=2, help="Where to stop adding text.")] = 256,
 ) -> None:
     """Hold vLLM's numbers against ours: modules on equal inputs, mean KL to BF16. Status 0 PASS, 1 FAIL, 3 INCONCLUSIVE."""

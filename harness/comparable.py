@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from harness.controls import is_control
 from harness.evidence import Answers, Question, RunEvidence, pair
 
 _JUDGE = ("path", "revision", "weights", "prompt", "engine", "kernels")
@@ -51,6 +52,7 @@ def differences(
         ]
     first = run if baseline_run is None else baseline_run
     found = [
+        *_controls(baseline, candidate),
         *_unrecorded(baseline, candidate),
         *_scoring(baseline, candidate),
         *_judges(baseline, candidate),
@@ -62,6 +64,14 @@ def differences(
         found += _protocols(baseline_run, run, candidate.task)
     questions = _questions(baseline, candidate)
     return found + (questions or _coverage(baseline, candidate, min_coverage))
+
+
+def _controls(baseline: Answers, candidate: Answers) -> list[str]:
+    if not (is_control(baseline.row) or is_control(candidate.row)):
+        return []
+    return [
+        f"Control: {candidate.task} shows grey pictures, so its figures are no scores and a difference of them is no damage."
+    ]
 
 
 def _unrecorded(baseline: Answers, candidate: Answers) -> list[str]:

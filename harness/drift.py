@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from harness.controls import is_control
 from harness.errors import StoreError
 from harness.paired import holm, paired_difference
 from harness.pairs import cluster_of, same_sequence
@@ -84,13 +85,15 @@ def _into(found: list[Shift], refused: list[str], result: Shift | str | None) ->
 
 
 def _score_shift(before: RunEvidence, after: RunEvidence, old: str, new: str, task: str) -> Shift | str | None:
-    """The change in a task, or why there is none to tell; None where neither has the task."""
+    """The change in a task, or why there is none to tell; None where neither has the task, and of a control, which has no scores."""
     from harness.comparable import differences
     from harness.evidence import pair
 
     first, second = before.answers(old, task), after.answers(new, task)
     if first is None or second is None:
         return None if first is second else f"{new} {task}: only one of the two has a result"
+    if is_control(first.row) or is_control(second.row):
+        return None
     different = differences(after, first, second, baseline_run=None if before is after else before)
     if different:
         return f"{new} {task}: {different[0]}"

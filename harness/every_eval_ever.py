@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from harness.card_metadata import dataset_of
+from harness.controls import is_control
 from harness.models import public_name
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _UNKNOWN = "unknown: fill in"
 
 
 def every_eval_ever(subject: Subject) -> dict[str, Any]:
-    """The record of one variant in one run, a result a task that has a value; `retrieved_timestamp` is now."""
+    """The record of one variant in one run, a result a task that has a value and is no control; `retrieved_timestamp` is now."""
     about, now = subject.about, str(int(time.time()))
     packages = (about.get("provenance") or {}).get("packages") or {}
     model = subject.base_name
@@ -64,7 +65,7 @@ def every_eval_ever(subject: Subject) -> dict[str, Any]:
         "evaluation_results": [
             _result(subject, name, task)
             for name, task in subject.row["tasks"].items()
-            if task["metrics"][task["primary"]]["value"] is not None
+            if task["metrics"][task["primary"]]["value"] is not None and not is_control(task)
         ],
     }
 

@@ -10,7 +10,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from harness.data_checks import source_mistake
-from harness.schema import NOT_AVAILABLE_KEYS, NOT_AVAILABLE_VALUES
 from harness.schema_data import SOURCES
 from harness.section import Section
 
@@ -52,20 +51,9 @@ class Mistakes:
             schema, where, loc = SOURCES[problem["loc"][2]], f"data.{problem['loc'][1]}", problem["loc"][3:]
             problem = {**problem, "loc": loc}
         key = _dotted(where, problem["loc"])
-        plain = re.sub(r"\[\d+\]", "", key)
-        plain = re.sub(r"^(variant\.)(quantization|training)\.", r"\2.", plain)
-        plain = re.sub(r"^data\.[^.]+\.", "data.", plain)
         found, kind = problem["input"], problem["type"]
-        later = NOT_AVAILABLE_VALUES.get(plain, {}).get(found) if isinstance(found, str) else None
         if kind == "extra_forbidden":
-            later = NOT_AVAILABLE_KEYS.get(plain)
-            known = _known_keys(schema, problem["loc"][:-1])
-            if later:
-                self.add(key, f"{later}: not available in this version; remove it")
-            else:
-                self.add(key, "unknown key", near=(str(problem["loc"][-1]), known))
-        elif later:
-            self.add(key, f'"{found}" ({later}): not available in this version; allowed: {problem["ctx"]["expected"]}')
+            self.add(key, "unknown key", near=(str(problem["loc"][-1]), _known_keys(schema, problem["loc"][:-1])))
         elif kind == "missing":
             self.add(key, "missing; it is required and has no default")
         elif kind == "literal_error":
@@ -74,6 +62,7 @@ class Mistakes:
         elif kind == "value_error" and len(problem["loc"]) < 2:  # of a section as a whole, which would be long to repeat
             self.add(key, str(problem["ctx"]["error"]))
         else:
+            plain = re.sub(r"^data\.[^.]+\.", "data.", re.sub(r"\[\d+\]", "", key))
             hint = (
                 " (the commit, 40 hex digits: a branch or tag can move)" if plain in ("model.revision", "data.revision") else ""
             )

@@ -12,12 +12,15 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from harness.errors import ModelError
 from harness.hub import reading_hub
 from harness.schema import Model
 from harness.store import Store
 
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+"""What models of several parts call that of their language model."""
 _WEIGHT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".gguf", ".py")
 
 
@@ -51,7 +54,8 @@ def resolve_model(model: Model, store: Store) -> Source:
         return Source(folder, None, folder_fingerprint(folder, store), f"folder {folder}")
     if not is_hub_id(model.path):
         raise ModelError(
-            f"model.path: {model.path}: no such folder; give a folder, a hub id (org/name) or package:<package>/<file>"
+            f"model.path: {model.path}: no such folder (looked for {folder.absolute()}); give a folder, a hub id (org/name) or "
+            "package:<package>/<file>"
         )
     if model.trust_remote_code and model.revision is None:
         raise ModelError(
@@ -66,6 +70,45 @@ def resolve_model(model: Model, store: Store) -> Source:
             f"model.revision: {model.path} is no folder and is not in the mirror; as a hub id it needs the revision (a commit, 40 hex digits)"
         )
     return Source(None, None, f"hub:{model.path}@{model.revision}", f"hub {model.path} at {model.revision}", wanted=model)
+
+
+def require_kind(key: str, folder: Path, kind: str) -> None:
+    """ModelError unless the model in `folder` is of the kind that the suite says; `key` is where the suite names it."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # said when it is loaded
+    found = "image-text" if isinstance(config, dict) and has_vision(config) else "text"
+    if found != kind:
+        what = "has a vision_config, so it is" if found == "image-text" else "has no vision_config, so it is"
+        raise ModelError(
+            f'{key}: model.kind is "{kind}", but {path} (model_type {config.get("model_type")!r}) {what} of kind "{found}"; set '
+            f'model.kind = "{found}", or give another model'
+        )
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a model's config.json that is about its language model."""
+    return dict(next((found for key in TEXT_CONFIGS if isinstance(found := config.get(key), dict) and found), config))
+
+
+def text_config_with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """`text_config` with the defaults that a repository leaves out of a nested one."""
+    text = text_config(config)
+    if text == config or "model_type" not in text:
+        return text
+    from transformers import AutoConfig
+
+    try:
+        return dict(AutoConfig.for_model(**text).to_dict())
+    except (KeyError, ValueError, TypeError, AttributeError):  # a type that only its own code knows
+        return text
+
+
+def has_vision(config: dict[str, Any]) -> bool:
+    """Whether a model has a part that sees, by its config.json."""
+    return config.get("vision_config") is not None
 
 
 def folder_of(source: Source) -> Path:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.controls import is_control
 from harness.null_variants import twin_of
 
 if TYPE_CHECKING:
@@ -59,12 +60,12 @@ def noise_notes(floors: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _task(evidence: RunEvidence, baseline: str, null: str, task: str) -> dict[str, Any] | None:
-    """The figures of one task; None until both are scored."""
+    """The figures of one task; None until both are scored, and of a control, which has no scores."""
     from harness.evidence import pair
     from harness.paired import paired_difference
 
     ours, theirs = evidence.answers(baseline, task), evidence.answers(null, task)
-    if ours is None or theirs is None:
+    if ours is None or theirs is None or is_control(ours.row):
         return None
     if not (ours.is_share and theirs.is_share):
         return {"reason": f"{ours.metric} is no share"}

@@ -29,15 +29,22 @@ _FORMAT = (
     "qad/straight_through.py",
 )
 _LOADING = (
+    "qad/backbone.py",
+    "qad/building.py",
     "qad/checkpoint.py",
+    "qad/image_processors.py",
     "qad/layouts.py",
     "qad/packed.py",
+    "qad/stored_names.py",
     "qad/tensor_files.py",
     "harness/loading.py",
     "harness/batches.py",
     "harness/data.py",
+    "harness/images.py",
+    "harness/processor.py",
     "harness/recipes.py",
     "harness/stages.py",
+    "harness/tasks/pictures.py",
     "harness/token_store.py",
 )
 _TRAINING = (
@@ -54,7 +61,14 @@ _TRAINING = (
     "qad/resume.py",
     "harness/training.py",
 )
-_ANSWERING = ("harness/evaluation.py", "harness/answering.py", "harness/engines/__init__.py", "harness/engines/hf.py")
+_ANSWERING = (
+    "harness/evaluation.py",
+    "harness/answering.py",
+    "harness/engines/__init__.py",
+    "harness/engines/hf.py",
+    "harness/processor.py",
+    "qad/image_processors.py",
+)
 _JUDGING = (
     "harness/judge.py",
     "harness/judge_prompt.py",
@@ -64,7 +78,22 @@ _JUDGING = (
     "harness/engines/hf.py",
     "harness/thinking.py",
 )
-_PREPARING = ("harness/prompts.py", "harness/evaluate.py", "harness/prepared.py", "harness/thinking.py")
+_PREPARING = (
+    "harness/prompts.py",
+    "harness/sampling.py",
+    "harness/task_about.py",
+    "harness/evaluate.py",
+    "harness/prepared.py",
+    "harness/thinking.py",
+    "harness/images.py",
+    "harness/processor.py",
+    "qad/image_processors.py",
+    "harness/picture_asks.py",
+    "harness/picture_documents.py",
+    "harness/picture_prompts.py",
+    "harness/tasks/pictures.py",
+    "harness/tasks/picture_rows.py",
+)
 _SCORING = (
     "harness/evaluate.py",
     "harness/thinking.py",
@@ -83,12 +112,22 @@ SOURCES = {
         "harness/builtin.py",
         "harness/data_stage.py",
         "harness/dialogues.py",
+        "harness/drawn.py",
+        "harness/images.py",
+        "harness/processor.py",
+        "harness/row_chats.py",
         "harness/row_files.py",
+        "harness/row_images.py",
         "harness/rows.py",
         "harness/sources.py",
         "harness/token_store.py",
+        "harness/tasks/canvas.py",
+        "harness/tasks/drawing_kinds.py",
+        "harness/tasks/drawings.py",
+        "harness/tasks/pictures.py",
         "harness/tasks/world.py",
         "harness/tasks/mini.py",
+        "qad/image_processors.py",
     ),
     "generate": (
         "harness/generation.py",
@@ -117,7 +156,12 @@ SOURCES = {
         "harness/answers.py",
         "harness/diagnostics.py",
     ),
-    "server": ("harness/engines/exchange.py", "harness/engines/launch.py", "harness/engines/server.py"),
+    "server": (
+        "harness/engines/chat.py",
+        "harness/engines/exchange.py",
+        "harness/engines/launch.py",
+        "harness/engines/server.py",
+    ),
 }
 """The files whose code decides the numbers of a stage, by its kind; "vllm", "server": of what a stage adds with that engine; "generate": of
 what a "data" stage adds whose text a model writes."""

@@ -129,8 +129,8 @@ def _n_requests(prepared: Stage, store: Store) -> int | None:
     found = find_done(prepared, store)
     if found is not None:
         return int(read_json(found.folder / "task.json")["n_requests"])
-    if prepared.task.name in MINI_TASKS and prepared.task.path is None:
-        return n_requests(prepared.task.name, prepared.task.limit)
+    if prepared.task.own_name in MINI_TASKS and prepared.task.path is None:
+        return n_requests(prepared.task.own_name, prepared.task.limit)
     return None
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from harness.errors import ModelError, SuiteError
 from harness.judge_prompt import prompt_hash
-from harness.models import Source, checkpoint_source, resolve_model
+from harness.models import Source, checkpoint_source, require_kind, resolve_model
 from harness.numerics import versions
-from harness.provenance import PACKAGES, VLLM_PACKAGES, device_kind, package_versions, vllm_device_kind
+from harness.provenance import PACKAGES, VLLM_PACKAGES, device_kind, package_versions, vllm_device_kind, what_opens_images
 from harness.schema import Model, Quantization, Teacher
 from harness.schema_data import Mix
 from harness.schema_server import Endpoint, engine_identity, kinds_of
@@ -79,6 +79,9 @@ class Stage:
             "sections": self.sections,
             "inputs": {role: stage.key for role, stage in self.inputs.items()},
         }
+        parts |= what_opens_images(
+            self.sections.get("kind") == "image-text"
+        )  # of the model, which every other stage comes from
         kinds = kinds_of(self.sections.get("engine", {}))
         if "server" in kinds:
             parts["server"] = versions()["server"]
@@ -123,6 +126,7 @@ def make_plan(suite: Suite, store: Store, *, only: tuple[str, ...] = ()) -> Plan
     source = resolve_model(suite.model, store)
     checkpoints = {v.name: checkpoint_source(v.path, store) for v in variants if v.path is not None}
     teachers = {v.name: _teacher_source(v.teacher, store) for v in variants if v.teacher is not None}
+    _require_one_kind(suite, source, checkpoints, teachers)
     builder = _Builder(suite, source, checkpoints, teachers, store)
     builder.add_tasks()
     for name in suite.data_with_stages(variants):
@@ -132,6 +136,16 @@ def make_plan(suite: Suite, store: Store, *, only: tuple[str, ...] = ()) -> Plan
     builder.add_verdicts()
     judge = builder.judge if builder.judge is not None and builder.judge.label == _JUDGE else None
     return Plan(suite, source, variants, tuple(builder.stages.values()), checkpoint_of, judge)
+
+
+def _require_one_kind(suite: Suite, source: Source, checkpoints: dict[str, Source], teachers: dict[str, Source]) -> None:
+    """ModelError for a model on this machine that is not of the suite's kind; one of the hub is looked at once it is here."""
+    named = [("model.path", source)]
+    named += [(f'variant "{name}": path', found) for name, found in checkpoints.items()]
+    named += [(f'variant "{name}": teacher.path', found) for name, found in teachers.items()]
+    for key, found in named:
+        if found.folder is not None and found.gguf is None:
+            require_kind(key, found.folder, suite.model.kind)
 
 
 def _require_told_apart(suite: Suite, variants: tuple[ResolvedVariant, ...], checkpoint_of: dict[str, Stage]) -> None:
@@ -160,7 +174,8 @@ class _Builder:
         self.store = store
         self.sources: dict[str, TextSource] = {}
         self.stages: dict[tuple[str, str | None], Stage] = {}
-        self.model = self._add(Stage("model", "model", {"fingerprint": source.fingerprint}, source=source))
+        kind = {} if suite.model.kind == "text" else {"kind": suite.model.kind}
+        self.model = self._add(Stage("model", "model", {"fingerprint": source.fingerprint, **kind}, source=source))
         self.judge: Stage | None = None
         self._to_judge: list[Stage] = []
 
@@ -282,7 +297,7 @@ class _Builder:
     def _measure(self, variant: ResolvedVariant, checkpoint: Stage) -> None:
         for task in self.suite.tasks:
             answers = self._answered(variant, checkpoint, task)
-            if self.judge is not None and task.path is None and metadata_of(task.name).get("judge"):
+            if self.judge is not None and task.path is None and metadata_of(task.own_name).get("judge"):
                 self._to_judge.append(answers)
             else:
                 self._score(answers, {})
@@ -307,17 +322,17 @@ class _Builder:
         return self._add(Stage("evaluate", f"{variant.name}: {task.name}", sections, inputs, variant=variant, task=task))
 
     def _real_answers(self) -> dict[str, Stage]:
-        """What the BF16 model answered to the tasks whose answers are generated, whichever variants were chosen."""
+        """What the BF16 model answered to the tasks whose answers are generated, but for controls, whichever variants were chosen."""
         found = {}
         for task in self.suite.tasks:
-            if gives_answers(task.name, task.path) is not False:
+            if task.pictures == "shown" and gives_answers(task.own_name, task.path) is not False:
                 found[f"task {task.name}"] = self._prepared(task)
                 found[f"answers {task.name}"] = self._answered(self.suite.baseline, self.model, task)
         return found
 
     def _prepared(self, task: ResolvedTask) -> Stage:
         sections: dict[str, Any] = {"asked": task.asked, **_files(task)}
-        if task.path is None and (dataset := metadata_of(task.name).get("dataset")) is not None:
+        if task.path is None and (dataset := metadata_of(task.own_name).get("dataset")) is not None:
             sections["dataset"] = {"name": dataset, "files": dataset_digests(dataset, self.store)}
         return self._add(Stage("prepare", f"task {task.name}", sections, {"model": self.model}, task=task))
 
@@ -347,4 +362,4 @@ def _named_source(section: str, path: str, revision: str | None, store: Store) -
 
 
 def _files(task: ResolvedTask) -> dict[str, Any]:
-    return {"files": fingerprint(task.name, task.path)}
+    return {"files": fingerprint(task.own_name, task.path)}

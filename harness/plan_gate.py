@@ -54,13 +54,14 @@ def _asked(prepare: Stage, store: Store) -> Asked | None:
     if found is not None:
         about = read_json(found.folder / "task.json")
         clusters = [question.cluster for question in read_questions(found.folder) if question.excluded is None]
-        return Asked(len(clusters), len(set(clusters)), task.repeats, about["is_greedy"], about["is_partial"])
-    if task.name not in MINI_TASKS or task.path is not None:
+        n_clusters, is_control = len(set(clusters)), task.pictures == "grey"
+        return Asked(len(clusters), n_clusters, task.repeats, about["is_greedy"], about["is_partial"], is_control)
+    if task.own_name not in MINI_TASKS or task.path is not None:
         return None
-    n, limit = n_questions(task.name), task.limit
+    n, limit = n_questions(task.own_name), task.limit
     n_asked = n if limit is None else min(limit, n)
-    is_greedy = task.name in REQUESTS_A_QUESTION or not task.sampling.get("temperature")
-    return Asked(n_asked, n_asked, task.repeats, is_greedy, n_asked < n)
+    is_greedy = task.own_name in REQUESTS_A_QUESTION or not task.sampling.get("temperature")
+    return Asked(n_asked, n_asked, task.repeats, is_greedy, n_asked < n, task.pictures == "grey")
 
 
 def _estimates(

@@ -31,13 +31,14 @@ _MOST_QUESTIONS = 1_000_000
 
 @dataclass(frozen=True)
 class Asked:
-    """What a suite asks in a task. is_partial: only its first questions, which no gate admits."""
+    """What a suite asks in a task. is_partial: only its first questions; is_control: grey pictures. No gate admits either."""
 
     n_questions: int
     n_clusters: int
     repeats: int
     is_greedy: bool
     is_partial: bool = False
+    is_control: bool = False
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,8 @@ def _rule(tasks: Sequence[_Known], alpha: float) -> Planned:
 
 def _never(policy: Gate, task: GateTask, asked: Asked) -> str | None:
     """Why a task cannot pass whatever is answered."""
+    if asked.is_control:
+        return "a control with grey pictures, which is no score"
     for what, n in (("questions", asked.n_questions), ("clusters", asked.n_clusters)):
         own = getattr(task, f"min_{what}")
         least = getattr(policy, f"min_{what}") if own is None else own

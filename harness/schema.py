@@ -12,18 +12,13 @@ from harness.schema_gate import Gate, Reference
 from harness.schema_server import Endpoint, Launch
 from harness.section import Name, Positive, PositiveFloat, Section, Seed
 
-NOT_AVAILABLE_KEYS: dict[str, str] = {}
-NOT_AVAILABLE_VALUES = {
-    "model.kind": {"image-text": "vision-language models"},
-}
-"""Legal in the format, by section and key (and value), with what they will be."""
-
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Model(Section):
     """`path`: a hub id (then `revision` is a commit), a folder, or `package:<python package>/<file.gguf>`.
 
+    kind: what it reads; "image-text" is what transformers loads as AutoModelForImageTextToText.
     trust_remote_code: run the Python files that lie beside the weights; they are part of what identifies the model.
     post_training: what was done to it after pretraining; where a source recommends something for it, that is the default.
     thinking: of a reasoning model; without it a response is an answer as a whole. system_prompt: before every question in chat.
@@ -31,7 +26,7 @@ class Model(Section):
 
     path: Annotated[str, Field(min_length=1)]
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
-    kind: Literal["text"] = "text"
+    kind: Literal["text", "image-text"] = "text"
     trust_remote_code: bool = False
     post_training: Literal["sft", "rl", "merged", "unknown"] = "unknown"
     thinking: Thinking | None = None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Collection
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from harness import diagnostics, evaluation, judging, loading, training
-from harness.batches import batches_of, inputs_of, ticking
+from harness.batches import Inputs, batches_of, ticking
 from harness.data_stage import DataWork, make_data, what_became
 from harness.done import is_done
 from harness.engines.serving import Serving
 from harness.errors import DataError, HarnessError, ModelError
-from harness.models import folder_fingerprint, folder_of
+from harness.kept import kept_digests, require_kept
+from harness.models import folder_fingerprint, folder_of, require_kind, text_config
 from harness.plan import Plan, Stage
+from harness.processor import Processor, load_processor
+from harness.processor_checks import require_same_images
 from harness.progress import Reporter
 from harness.provenance import RECORDED, package_versions
 from harness.recipes import recipe_of
@@ -33,6 +36,7 @@ from qad.calibrate import calibrate, counting_blocks, require_unsaturated, secon
 from qad.checkpoint import Loaded, write_checkpoint
 from qad.errors import memory_asked_for
 from qad.modules import encoding_digest
+from qad.packed import read_config
 from qad.quantize import quantize_model
 from qad.recipe import match
 
@@ -48,12 +52,15 @@ class Workbench:
     def __init__(self, plan: Plan, store: Store, journals: Path, reporter: Reporter) -> None:
         for stage in plan.stages:  # what a score takes must be here before a model is loaded
             if stage.kind in ("prepare", "score") and stage.task and stage.task.path is None and not is_done(stage, store):
-                require(stage.task.name)
+                require(stage.task.own_name)
         self.plan, self.store, self.journals, self.reporter = plan, store, journals, reporter
         self._loaded: dict[str, Loaded] = {}
         self.teacher_hidden: dict[str, list[Tensor]] = {}  # on the text of the diagnostics, by the teacher's key
         endpoints = tuple(v.endpoint for v in plan.variants if v.endpoint is not None)
-        self._serving = Serving(plan.suite.engine, endpoints=endpoints, records=journals / "endpoints")
+        trusts = plan.suite.model.trust_remote_code
+        self._serving = Serving(
+            plan.suite.engine, endpoints=endpoints, records=journals / "endpoints", trust_remote_code=trusts
+        )
         judge = plan.suite.judge
         self._judge: Serving | None = None
         if judge is not None:
@@ -118,7 +125,7 @@ class Workbench:
     def _require_same_vocabulary(self, bf16: Stage, other: Stage) -> None:
         """KL compares probabilities token by token: with other tokens there is none."""
         folders = [self.folder_of(bf16), self.folder_of(other)]
-        sizes = [json.loads((folder / "config.json").read_text()).get("vocab_size") for folder in folders]
+        sizes = [text_config(read_config(folder)).get("vocab_size") for folder in folders]
         vocabularies = [self.tokenizer(folder).get_vocab() for folder in folders]
         if sizes[0] != sizes[1] or vocabularies[0] != vocabularies[1]:
             raise ModelError(
@@ -126,12 +133,17 @@ class Workbench:
                 "KL compares both token by token: a checkpoint is measured against the model that it was made from, and a teacher (teacher.path) "
                 "must have the model's tokenizer; choose another"
             )
+        if self.reader is not None:
+            require_same_images(self.reader, self.processor(folders[1]), f"{other.label}: {folders[1]}")
 
     def folder_of(self, stage: Stage) -> Path:
         """Where the files of a stage are that is done, or that needs nothing done."""
         if stage.is_external:
             assert stage.source is not None
-            return folder_of(stage.source)
+            folder = folder_of(stage.source)
+            if stage is not self.plan.judge:
+                require_kind(stage.label, folder, self.plan.suite.model.kind)
+            return folder
         found = self.store.find(stage.key)
         assert found is not None, f"{stage.label} is used before it is done"
         return found.folder
@@ -148,10 +160,12 @@ class Workbench:
         work = DataWork(
             model=model_folder,
             tokenizer=self.tokenizer(model_folder),
+            processor=self.reader,
             load=lambda: self.load(model),
             parts=[self.folder_of(part) for role, part in stage.inputs.items() if role != "model"],
             journals=self.journals,
             store=self.store,
+            trust_remote_code=self.plan.suite.model.trust_remote_code,
         )
         with self.reporter.track(stage.label) as advance:
             record = make_data(stage, folder, work, advance)
@@ -161,7 +175,7 @@ class Workbench:
 
     def _calibrate(self, stage: Stage, folder: Path) -> dict[str, Any]:
         sequences = self.sequences(stage.inputs["data"], _SPLIT_OF[stage.kind], stage.sections["samples"])
-        batches = [inputs_of(batch.to(ranks.device())) for batch in batches_of(sequences)]
+        batches = Inputs(batches_of(sequences, self.reader), ranks.device())
         model, recipe = self.load(stage.inputs["model"]).model, recipe_of(stage.quantization)
         skip = stage.sections["skip_first_token"]
         with self.reporter.track(stage.label) as advance:
@@ -175,7 +189,7 @@ class Workbench:
         limits = stage.quantization.calibration
         with self.reporter.track(stage.label) as advance:
             student, targets = self.fresh_student(stage, self._choices(stage))
-            batches = batches_of(self.sequences(stage.inputs["data"], "validation", VALIDATION_SEQUENCES))
+            batches = batches_of(self.sequences(stage.inputs["data"], "validation", VALIDATION_SEQUENCES), self.reader)
             model = student["model"].to(ranks.device())
             with counting_blocks(model) as counts:
                 for _ in divergence.final_hidden(model, ticking(batches, advance)):
@@ -187,7 +201,7 @@ class Workbench:
             "excluded": list(targets.excluded),
             "validation_blocks": dataclasses.asdict(counts),
         }
-        return record | self.export(stage, folder, student["model"], targets)
+        return record | self.export(stage, folder, student, targets)
 
     def _train(self, stage: Stage, folder: Path) -> dict[str, Any]:
         return training.train(self, stage, folder)
@@ -239,6 +253,11 @@ class Workbench:
         """Tokens that the engine of an "evaluate" stage will hold; None where only the engine can say."""
         return self._serving.context_length(self.folder_of(self.plan.stages[0]))
 
+    @property
+    def max_images(self) -> int | None:
+        """Images that the suite's engine takes in a prompt; None without such a limit."""
+        return self._serving.max_images
+
     def judge_engine(self, model: Stage) -> Any:
         """The engine of [judge] with its model."""
         assert self._judge is not None
@@ -268,20 +287,31 @@ class Workbench:
             choices["second_moments"] = load_file(self.folder_of(calibration) / SECOND_MOMENTS)
         if quantization.scale_rule == "gptq":
             sequences = self.sequences(stage.inputs["data"], _SPLIT_OF["calibrate"], calibration.sections["samples"])
-            choices["batches"] = [inputs_of(batch) for batch in batches_of(sequences)]
+            choices["batches"] = Inputs(batches_of(sequences, self.reader), torch.device("cpu"))  # where its model is
         return choices
 
     def fresh_student(self, stage: Stage, choices: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-        """A copy of the BF16 model, quantized as PTQ is; `choices` are further arguments of `quantize_model`."""
+        """A copy of the BF16 model, quantized as PTQ is, and digests of what quantization leaves alone.
+
+        choices: further arguments of `quantize_model`.
+        """
         recipe = recipe_of(stage.quantization)
         model = self._read(self.folder_of(stage.inputs["model"]), torch.device("cpu")).model
         targets = match(model, recipe)
+        kept = kept_digests(model, targets.members)
         amax = json.loads((self.folder_of(stage.inputs["calibration"]) / "input_amax.json").read_text())
         modules = quantize_model(model, recipe, amax if recipe.activations else None, **choices)
-        return {"modules": modules, "model": model}, targets
+        return {"modules": modules, "model": model, "kept": kept}, targets
 
-    def export(self, stage: Stage, folder: Path, student: Any, targets: Any) -> dict[str, Any]:
-        """Write the checkpoint, load it back, and hold its logits against those of the model in memory, bit for bit."""
+    def export(
+        self, stage: Stage, folder: Path, student: dict[str, Any], targets: Any, *, trained: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """Write the checkpoint of a fresh student and load it back, bit for bit.
+
+        Its logits are held against those of the model in memory, and what was neither quantized nor is named in `trained` against the
+        BF16 model.
+        """
+        model = student["model"]
         companions = self.folder_of(stage.inputs["model"])
         record = {
             "stage": stage.key,
@@ -292,20 +322,21 @@ class Workbench:
             "objective": stage.sections.get("objective"),
             "packages": package_versions(RECORDED),
         }
-        write_checkpoint(
-            folder, student, targets=targets, companions=companions, record=record, layout=stage.quantization.layout
-        )
+        write_checkpoint(folder, model, targets=targets, companions=companions, record=record, layout=stage.quantization.layout)
         loaded = self._read(folder, ranks.device())
-        batch = batches_of(self._held_out(stage))[0].to(ranks.device())
+        batches = batches_of(self._held_out(stage), self.reader)
+        batch = next((batch for batch in batches if batch.is_image is not None), batches[0]).to(ranks.device())
         with torch.no_grad():
-            expected = student.to(ranks.device()).eval()(**batch.inputs).logits
-            found = loaded.model(**batch.inputs).logits
+            inputs = batch.inputs
+            expected = model.to(ranks.device()).eval()(**inputs).logits
+            found = loaded.model(**inputs).logits
         if not torch.equal(expected, found):
             difference = float((expected.float() - found.float()).abs().max())
             raise HarnessError(
                 f"{stage.label}: the exported checkpoint does not reproduce the model in memory (logits differ by up to {difference:g}); report this"
             )
-        return {"load_back": "identical logits"}
+        both = [kept_digests(each, targets.members) for each in (model, loaded.model)]
+        return {"load_back": "identical logits", "kept": require_kept(stage.label, student["kept"], *both, trained=trained)}
 
     def load(self, stage: Stage) -> Loaded:
         """The checkpoint of a stage, from disk; the BF16 model and one other stay in memory."""
@@ -319,6 +350,15 @@ class Workbench:
         """What identifies the result of a stage: the calibration with all that it recorded, the text, the model."""
         found = self.store.find(stage.key)
         return stage.sections["fingerprint"] if found is None else found.digest
+
+    @cached_property
+    def reader(self) -> Processor | None:
+        """What writes the chats of an image-text model and makes its images into inputs; None for a model of text."""
+        return None if self.plan.suite.model.kind == "text" else self.processor(self.folder_of(self.plan.stages[0]))
+
+    def processor(self, folder: Path) -> Processor:
+        """The processor of a checkpoint folder."""
+        return load_processor(folder, trust_remote_code=self.plan.suite.model.trust_remote_code)
 
     def tokenizer(self, folder: Path) -> Any:
         return loading.load_tokenizer(folder, trust_remote_code=self.plan.suite.model.trust_remote_code)

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,16 +124,23 @@ class Store:
 
     def file_digest(self, path: Path) -> str:
         """sha256 of a file, remembered under its path, size and modification time."""
-        stat = path.stat()
-        known = self._digests.get(str(path))
-        if known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
-            return str(known[2])
-        digest = sha256(path)
-        self._digests[str(path)] = [stat.st_size, stat.st_mtime_ns, digest]
-        with contextlib.suppress(OSError):  # only a cache of digests: without it they are computed again
-            self.root.mkdir(parents=True, exist_ok=True)
-            write_json(self._digests_file, self._digests)
-        return digest
+        return self.digests_of([path])[0]
+
+    def digests_of(self, paths: Iterable[Path]) -> list[str]:
+        """The same of several, remembered together."""
+        found, is_changed = [], False
+        for path in paths:
+            stat = path.stat()
+            known = self._digests.get(str(path))
+            if not known or known[:2] != [stat.st_size, stat.st_mtime_ns]:
+                known = self._digests[str(path)] = [stat.st_size, stat.st_mtime_ns, sha256(path)]
+                is_changed = True
+            found.append(str(known[2]))
+        if is_changed:
+            with contextlib.suppress(OSError):  # only a cache of digests: without it they are computed again
+                self.root.mkdir(parents=True, exist_ok=True)
+                write_json(self._digests_file, self._digests)
+        return found
 
     def _folder(self, key: str) -> Path:
         return self.root / "stages" / key

@@ -1,8 +1,7 @@
 """The suite: its TOML schema, its validation and its errors.
 
 TOML is data here: closed keys, closed vocabularies, no includes, no expressions. All mistakes of a file are reported at
-once, each with the file, the key, what was found, what is allowed and the nearest legal spelling. What belongs to the
-format but is not built yet is refused with "not available in this version".
+once, each with the file, the key, what was found, what is allowed and the nearest legal spelling.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 
 from harness.data_checks import data_mistakes, data_uses, diagnostics_mistakes, with_stages
 from harness.errors import SuiteError
+from harness.kind_checks import IMAGE_ARGS, kind_mistakes
 from harness.mistakes import Mistakes, listed
 from harness.null_variants import null_mistakes
 from harness.schema import (
@@ -109,6 +109,7 @@ ENGINE_ARGS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
         "mamba_ssm_cache_dtype": _STATE,
         "enable_prefix_caching": _BOOLEAN,
         "enforce_eager": _BOOLEAN,
+        **IMAGE_ARGS,
     },
 }
 ENGINE_ARGS["server"] = ENGINE_ARGS["vllm"] | CLIENT_ARGS
@@ -145,8 +146,10 @@ class _Validation:
         self._check_engine(file, variants)
         for key, message in diagnostics_mistakes(file):
             self.mistakes.add(key, message)
+        for key, message in kind_mistakes(file):
+            self.mistakes.add(key, message)
         self._check_judge(file)
-        self._check_gate(file, variants)
+        self._check_gate(file, variants, tasks)
         if self.mistakes.found:
             raise SuiteError("\n".join(self.mistakes.found))
         return Suite(
@@ -338,13 +341,20 @@ class _Validation:
         if engine.kind == "hf" and engine.kernels is not None:
             self.mistakes.add("judge.engine.kernels", f'has no effect with kind = "{engine.kind}"; remove it')
 
-    def _check_gate(self, file: File, variants: list[ResolvedVariant]) -> None:
+    def _check_gate(self, file: File, variants: list[ResolvedVariant], tasks: tuple[ResolvedTask, ...]) -> None:
         """[gate] and [reference] name variants and tasks that are there; imported tasks are named by the run, and known only then."""
         names = [variant.name for variant in variants]
         for key in ("baseline", "candidate") if file.gate else ():
             name = getattr(file.gate, key)
             if name is not None and name not in names:
                 self.mistakes.add(f"gate.{key}", f'no variant "{name}"', near=(name, names))
+        controls = [task.name for task in tasks if task.pictures == "grey"]
+        for index, judged in enumerate(file.gate.task if file.gate else ()):
+            if judged.name in controls:
+                self.mistakes.add(
+                    f"gate.task[{index}].name",
+                    f"{judged.name} is a control with grey pictures, and no score to judge; remove it",
+                )
         for index, figure in enumerate(file.reference.figure if file.reference else ()):
             known = list(dict.fromkeys([*names, *(variant.method for variant in variants)]))
             if figure.variant not in known:
@@ -364,8 +374,10 @@ class _Validation:
         """Name checks that can be made although the file does not parse, so that one run shows all mistakes."""
         for key in ("variant", "task"):
             tables = self.raw.get(key)
-            names = [t.get("name") for t in tables if isinstance(t, dict)] if isinstance(tables, list) else []
-            for name in _repeated([n for n in names if isinstance(n, str)]):
+            tables = [table for table in tables if isinstance(table, dict)] if isinstance(tables, list) else []
+            names = [table.get("name") for table in tables]
+            shown = [n for n, table in zip(names, tables, strict=True) if table.get("pictures") != "grey"]
+            for name in _repeated([n for n in shown if isinstance(n, str)]):
                 self.mistakes.add(key, f'the name "{name}" is repeated')
             if key == "task":
                 for index, task in enumerate(names):

@@ -127,7 +127,7 @@ def _tasks_of(variant: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, 
     for row in rows:
         if row["variant"] != variant["name"]:
             continue
-        shared = {key: row.get(key) for key in _OF_A_TASK}
+        shared = {key: row.get(key) for key in _OF_A_TASK} | ({"pictures": row["pictures"]} if "pictures" in row else {})
         task = found.setdefault(row["task"], {**shared, "chose_checkpoint": row["task"] in judges, "metrics": {}})
         figures = {key: row[key] for key in ("value", "stderr", "n_scored", "n_total")}
         figures |= {"unit": row.get("unit", "share"), "higher_is_better": row.get("higher_is_better")}

@@ -6,6 +6,7 @@ import csv
 import io
 from typing import Any
 
+from harness.controls import is_control
 from harness.published import label_of
 from harness.table_build import in_order
 
@@ -15,7 +16,10 @@ _PUBLISHED = ("published_difference", "published_table", "published_verified")
 
 
 def as_csv(table: dict[str, Any]) -> str:
-    """One line a variant, a group of seeds and a published variant, whose scores are shares like ours; columns are only ever added."""
+    """One line a variant, a group of seeds and a published variant, whose scores are shares like ours; columns are only ever added.
+
+    A control with grey pictures has a column that says so.
+    """
     names = list(dict.fromkeys(name for row in table["rows"] for name in row["tasks"]))
     parts = ("value", "stderr", "n_scored", "n_total", "incomplete_rate", "chose_checkpoint", "sd_over_seeds")
     diagnostic_columns = ("kl", "kl_stderr", "kl_p50", "kl_p99", "ce", "ppl", "top1", "n_tokens", "n_sequences")
@@ -23,6 +27,8 @@ def as_csv(table: dict[str, Any]) -> str:
     columns = ["variant", "method", *(f"{name}.{part}" for name in names for part in parts), *diagnostic_columns]
     columns += ["checkpoint_bytes", "bits_per_weight", "tokens_trained", "group", "seed", "n_seeds", *spreads]
     columns += ["tokens_per_second", *(f"{name}.{part}" for name in names for part in (*_AGAINST, *_PUBLISHED)), "source"]
+    tasks = [(name, task) for row in table["rows"] for name, task in row["tasks"].items()]
+    columns += dict.fromkeys(_control(name) for name, task in tasks if is_control(task))
     against = _against(table["differences"])
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
@@ -44,6 +50,7 @@ def _csv_row(row: dict[str, Any], diagnostic_columns: tuple[str, ...]) -> dict[s
         metric = task["metrics"][task["primary"]]
         cells |= {f"{name}.{part}": metric[part] for part in ("value", "stderr", "n_scored", "n_total")}
         cells |= {f"{name}.incomplete_rate": task["incomplete_rate"], f"{name}.chose_checkpoint": _claim(task)}
+        cells |= {_control(name): "true"} if is_control(task) else {}
     response = row["diagnostics"]["response"] if row["diagnostics"] else {}
     return cells | {column: response.get(column) for column in diagnostic_columns}
 
@@ -55,6 +62,7 @@ def _csv_group(group: dict[str, Any]) -> dict[str, Any]:
         metric = task["metrics"][task["primary"]]
         cells |= {f"{name}.value": metric["mean"], f"{name}.stderr": metric["stderr_over_questions"]}
         cells |= {f"{name}.sd_over_seeds": metric["sd_over_seeds"], f"{name}.chose_checkpoint": _claim(task)}
+        cells |= {_control(name): "true"} if is_control(task) else {}
     for figure, found in (group["diagnostics"]["response"] if group["diagnostics"] else {}).items():
         cells |= {figure: found["mean"], f"{figure}_sd_over_seeds": found["sd_over_seeds"]}
         if figure == "kl":
@@ -86,6 +94,10 @@ def _published(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
         line |= {f"{name}.published_difference": None if difference is None else difference / 100}
         line |= {f"{name}.published_verified": figure["verified"]}
     return list(lines.values())
+
+
+def _control(name: str) -> str:
+    return f"{name}.control"
 
 
 def _claim(task: dict[str, Any]) -> str | None:

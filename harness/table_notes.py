@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from harness.alike import alike_notes
+from harness.controls import GREY_FLAG
 from harness.noise_floor import noise_notes
 from harness.pairs import scale_notes
 
@@ -14,6 +15,8 @@ FLAGS = {
     "imported": "scored by another tool and imported; which weights and kernels answered is not proven",
     "unverified": "from an endpoint that was given; which weights and kernels answered is not proven",
     "kernels unverified": "which kernels the server computed with is not proven",
+    "unverified rendering": "that the server made the prompt's tokens of the chat is proven by their number alone, not token by token",
+    GREY_FLAG: "every picture was a grey one, a control of what is known without looking and no score of the task",
     "no fingerprint": "the endpoint gives nothing to know it by; a change of its model would not be seen",
 }
 
@@ -40,6 +43,7 @@ def table_notes(table: dict[str, Any], names: list[str]) -> list[str]:
     measured = [row for row in rows if row["diagnostics"]]
     if measured:
         notes.append(_measured_note(measured[0]["diagnostics"]))
+        notes += _all_text_note(measured)
     for pair in table["paired_kl"]:
         in_errors = f", {abs(pair['difference']) / pair['stderr']:.1f} standard errors" if pair["stderr"] else ""
         over_seeds = pair["stderr_over_seeds"]
@@ -87,13 +91,22 @@ def _measured_note(diagnostics: dict[str, Any]) -> str:
     what = f"KL(BF16 ‖ variant) and CE: nats a token over {n['n_tokens']:,} response tokens of {n['n_sequences']}"
     tasks = diagnostics.get("tasks")
     if tasks is None:
-        return f"{what} held-out sequences; error of KL over sequences. All tokens: table.json."
+        n_clusters = diagnostics.get("n_clusters")
+        over = "" if n_clusters in (None, n["n_sequences"]) else f", those that share an image as one ({n_clusters:,})"
+        return f"{what} held-out sequences; error of KL over sequences{over}. All tokens: table.json."
     flags = sorted({flag for task in tasks.values() for flag in task["flags"]})
     flagged = f" Of these answers: {', '.join(flags)}." if flags else ""
     return (
         f"{what} BF16 answers to {n['n_questions']} questions of {', '.join(tasks)}; error of KL over questions, related ones as "
         f"clusters.{flagged} CE and top-1 by task and by position: table.json."
     )
+
+
+def _all_text_note(measured: list[dict[str, Any]]) -> list[str]:
+    """KL over prompts too, where images were shown: responses about images are few tokens, most of them certain."""
+    found = {row["variant"]: row["diagnostics"]["all"] for row in measured if row["diagnostics"].get("n_clusters") is not None}
+    listed = ", ".join(f"{name} {kl['kl']:.4f} {_pm4(kl['kl_stderr'])}" for name, kl in found.items())
+    return [f"KL over all text tokens, prompts included, those that stand for an image left out: {listed}."] if found else []
 
 
 def mean_kl(table: dict[str, Any]) -> dict[str, float]:
@@ -272,6 +285,10 @@ def _training_notes(rows: list[dict[str, Any]]) -> list[str]:
 def _either(budgets: list[dict[str, Any]], key: str) -> str:
     """One number where all are equal, else one each: other seeds read the texts in another order, and the last step ends elsewhere."""
     return " / ".join(dict.fromkeys(f"{budget[key]:,}" for budget in budgets))
+
+
+def _pm4(stderr: float | None) -> str:
+    return "" if stderr is None else f"±{stderr:.4f}"
 
 
 def _pm(stderr: float | None) -> str:

@@ -11,7 +11,7 @@ import json
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from harness import evaluation
 from harness.batches import TrainingSteps, validation_batches
 from harness.errors import DataError, HarnessError
+from harness.images import FOLDER
 from harness.models import folder_fingerprint
 from harness.plan import Stage
 from harness.prepared import read_prepared
@@ -30,6 +31,7 @@ from harness.schema import Quantization, Training
 from harness.store import write_text
 from harness.torchrun import together
 from qad import distill, ranks
+from qad.batch import Batch
 from qad.candidates import Candidate, Candidates
 from qad.checkpoint import write_checkpoint
 from qad.losses import Objective
@@ -73,7 +75,7 @@ def train(bench: Workbench, stage: Stage, folder: Path) -> dict[str, Any]:
         "quantized": list(targets.members),
         "excluded": list(targets.excluded),
     }
-    record |= bench.export(stage, folder, student["model"], targets)
+    record |= bench.export(stage, folder, student, targets, trained=done.trainable)
     if settings.select == "best_of_k" and outcome.candidates is not None:
         shutil.copytree(outcome.candidates.folder, folder / "candidates")
         record["candidates"] = outcome.candidates.state()
@@ -113,7 +115,7 @@ def select(bench: Workbench, stage: Stage, folder: Path) -> dict[str, Any]:
     restore(student["modules"], student["model"], candidates.read(Candidate(best["loss"], best["step"])))
     selection = {**found.record["result"]["selection"], "step": best["step"], "tasks": list(stage.sections["tasks"])}
     record = found.record["result"] | {"selection": selection | {"judged": judged}}
-    return record | bench.export(trained, folder, student["model"], targets)
+    return record | bench.export(trained, folder, student, targets, trained=record["trainable"]["names"])
 
 
 def check(bench: Workbench, stage: Stage) -> None:
@@ -155,7 +157,8 @@ def training_steps(bench: Workbench, stage: Stage) -> TrainingSteps:
     """The optimizer steps of a "train" stage; DataError where the data is too short for the budget."""
     data = stage.inputs["data"]
     try:
-        return TrainingSteps(bench.sequences(data, "train", None), _settings(stage), seq_len=data.sections["data"]["seq_len"])
+        sequences, seq_len = bench.sequences(data, "train", None), data.sections["data"]["seq_len"]
+        return TrainingSteps(sequences, _settings(stage), seq_len=seq_len, processor=bench.reader)
     except DataError as error:
         raise DataError(f"{stage.label}, {data.label}: {error}") from None
 
@@ -217,11 +220,11 @@ def _distil(bench: Workbench, stage: Stage, steps: TrainingSteps, watcher: _Watc
     digest = encoding_digest(student["modules"])
     bench.require_start(stage, digest)
     objective = Objective(**stage.sections["objective"])
-    held_out = []
+    held_out: Sequence[Batch] = []
     teacher = None
     if settings.validate_every is not None:
         held_out = validation_batches(
-            bench.sequences(stage.inputs["data"], "validation", settings.validation_samples), settings.loss_on
+            bench.sequences(stage.inputs["data"], "validation", settings.validation_samples), settings.loss_on, bench.reader
         )
     bench.keep_teacher_alone(stage)
     if objective.needs_teacher or held_out:
@@ -311,7 +314,8 @@ def _score_on(
     """The score of the checkpoint in `folder` on one of the selection tasks."""
     given = stage.inputs[f"task {name}"]
     assert given.task is not None
-    prepared = read_prepared(bench.folder_of(given))
+    task = bench.folder_of(given)
+    prepared = read_prepared(task)
     found = evaluation.answer_task(
         prepared,
         bench.engine_of(key, folder),
@@ -320,6 +324,7 @@ def _score_on(
         repeats=1,
         sampling_seed=given.task.seed,
         on_progress=on_progress,
+        images=task / FOLDER,
     )
     if found.about["n_missing"]:
         raise HarnessError(f"{stage.label}: {evaluation.missing_line(found.about)}")

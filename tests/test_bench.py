@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gate_evidence import answers, right, run_of
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -168,3 +169,18 @@ def test_engines_agree_as_often_as_the_yardstick_within_three_paired_errors(engi
     assert "hf 16 and server  agree on 0.730, -0.240 ± 0.049 against hf 16 and hf 10: MORE" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="different questions"):
         engines_agree.report(alike | {"server": engines_agree.Answers({"7": "7"}, 0, 0, 0)})
+
+
+def test_vllm_agrees_with_hf_about_pictures_within_three_standard_errors_of_the_paired_difference(capsys):
+    module = load("vision_engines_agree")
+    scored = {"hf": right(200, 160), "vllm": right(200, 154), "worse": right(200, 140), "fewer": right(199, 160)}
+    runs = {name: run_of([answers("ptq", "mini_ocr", scores)]) for name, scores in scored.items()}
+    (close,) = module.agreements(runs["hf"], runs["vllm"])
+    assert (close.first, close.second, close.n) == (0.8, 0.77, 200)
+    assert (close.difference, close.stderr) == (pytest.approx(-0.03), pytest.approx(0.0121, abs=1e-4))
+    assert module.report([close])
+    (far,) = module.agreements(runs["hf"], runs["worse"])
+    assert not module.report([close, far]) and not module.report([])
+    assert capsys.readouterr().out.count("MORE THAN THREE STANDARD ERRORS") == 1
+    with pytest.raises(SystemExit, match="ptq mini_ocr: the engines did not answer the same questions"):
+        module.agreements(runs["hf"], runs["fewer"])

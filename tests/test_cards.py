@@ -244,6 +244,16 @@ def test_scores_that_are_not_proven_are_marked(tmp_path):
     assert "unverified" in ModelCard.load(tmp_path / "out" / "README.md").data.eval_results[0].metric_name
 
 
+def test_a_control_with_grey_pictures_is_published_as_no_score(tmp_path):
+    grey = {"flags": ["grey pictures"]}
+    text, record, _ = card_of(tmp_path, row_changes={(name, "gsm8k"): grey for name in ("bf16", "ptq", "qad")})
+    assert [result["evaluation_name"] for result in record["evaluation_results"]] == ["gpqa_diamond"]
+    (science,) = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
+    assert science.dataset_name == "gpqa_diamond"
+    assert re.search(r"^\| gsm8k \(grey control\) \| 75.0 ±10.0‡ \| 62.5 ±10.0‡ \| – \| – \| 40 \|$", text, re.MULTILINE)
+    assert "Not compared with BF16: gsm8k. Control: gsm8k shows grey pictures" in text
+
+
 def test_what_cannot_be_compared_has_no_recovery_and_says_why(tmp_path):
     text, record, _ = card_of(tmp_path, row_changes={("qad", "gsm8k"): {"scorer": "another@2"}})
     assert re.search(r"^\| gsm8k \| 75.0 ±10.0 \| 62.5 ±10.0 \| – \| – \| 40 \|$", text, re.MULTILINE)

@@ -1,5 +1,6 @@
 """Comparing two variants of a run: figures, flips, what is refused, what is said, exit statuses, and what is imported for it."""
 
+import csv
 import io
 import json
 import math
@@ -19,6 +20,9 @@ from harness.drift import drift
 from harness.evidence import open_run_evidence
 from harness.noise_floor import noise_floors
 from harness.paired import holm
+from harness.table_csv import as_csv
+from harness.table_grid import build_grid
+from harness.table_latex import as_latex
 from harness.tables import build_table
 
 N = 40
@@ -333,3 +337,32 @@ def test_scores_that_no_share_has_are_refused_by_all_that_compares(tmp_path):
     (floor,) = noise_floors(run, evidence.about["variants"])
     assert floor["tasks"]["maths"] == {"reason": "exact_match is no share"}
     assert build_table(run)["differences"] is not None
+
+
+def test_a_control_with_grey_pictures_is_no_score_for_anything_that_compares(tmp_path):
+    names = ("bf16", "bf16-again", "ptq")
+    samples = {(name, task): answers(task=task) for name in names for task in ("maths", "sums", "sums-grey")}
+    samples["ptq", "sums-grey"] = answers(task="sums-grey", lost=range(20))
+    again = {"bf16-again": {"method": "bf16", "sampling_seed": 3}}
+    grey = {"sums-grey": {"flags": ["grey pictures"]}}
+    run = write_run(tmp_path / "grey", samples, variant_changes=again, row_changes=grey)
+    found = compare(run)
+    assert found.pooled_tasks == ("maths", "sums") and found.pooled.delta == 0 and found.refused == ()
+    maths, sums = found.tasks
+    assert "Left out, controls with grey pictures and no scores: sums-grey." in found.notes
+    assert call(run, "bf16", "ptq").exit_code == 0
+    (control,) = compare(run, tasks=["sums-grey"]).tasks
+    assert control.p is None and control.refusals[0].startswith("Control: sums-grey shows grey pictures")
+    assert [maths.p_holm, sums.p_holm] == holm([maths.p, sums.p])
+    evidence = open_run_evidence(run)
+    moved = drift(evidence, evidence, variants=[("bf16", "ptq")])
+    assert moved.n_compared == 2 and moved.refused == ()
+    (floor,) = noise_floors(run, evidence.about["variants"])
+    assert set(floor["tasks"]) == {"maths", "sums"}
+    table = build_table(run)
+    assert all(bool(row["refused"]) == (row["task"] == "sums-grey") for row in table["differences"])
+    lines = list(csv.DictReader(io.StringIO(as_csv(table))))
+    assert [line["sums-grey.control"] for line in lines] == ["true"] * 3 and "sums.control" not in lines[0]
+    grid = build_grid(table)
+    assert any(note.startswith("‡ sums-grey of") and "no score of the task" in note for note in grid.notes)
+    assert r"\textdaggerdbl{} sums-grey of" in as_latex(grid)

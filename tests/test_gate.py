@@ -139,6 +139,14 @@ NEVER_GO = {
         {"baseline": answers("bf16", "maths", right(500, 400), row={"flags": ["unverified"]})},
         "bf16's score is marked 'unverified'",
     ),
+    "a control with grey pictures": (
+        {
+            "candidate": answers("ptq", "maths", right(500, 400), row={"flags": ["grey pictures"]}),
+            "baseline": answers("bf16", "maths", right(500, 400), row={"flags": ["grey pictures"]}),
+            "rule": policy(admit_imported=True, admit_unverified=True),
+        },
+        "Control: maths shows grey pictures, so its figures are no scores",
+    ),
     "an unknown flag": (
         {
             "candidate": answers("ptq", "maths", right(500, 400), row={"flags": ["from a dream"]}),

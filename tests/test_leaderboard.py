@@ -182,6 +182,34 @@ def test_what_may_not_be_ranked_is_shown_with_its_reason(results, edit_run, edit
     assert built.left_out == []
 
 
+def test_a_control_with_grey_pictures_is_on_the_page_of_its_run_and_takes_nothing_off_the_leaderboard(results):
+    run = with_values(make_run(results, 1, tasks=2), {"ptq": 0.5, "qat": 0.55, "qad": 0.6, "bf16": 0.7})
+
+    def as_control(row):
+        if row["task"] == "task_1":
+            row |= {"flags": ["grey pictures"], "value": 0.1}
+
+    change(run / "tasks.jsonl", as_control)
+    change(run / "run.json", lambda about: about["resolved"]["tasks"][1].update(pictures="grey"))
+    built = build(results)
+    assert reasons(built, "qad") == [] and states(built)[run.name, "qad"] == ("ranked", 1)
+    (board,) = built.boards
+    assert board.tasks == ("task_0",)
+    assert next(row.mean for row in board.rows if row.variant["name"] == "qad") == pytest.approx(0.6)
+    page = page_of(results, run)
+    shown = [row for row in page["tasks"] if row["variant"] == "qad"]
+    assert [(row["task"], row.get("flags")) for row in shown] == [("task_0", []), ("task_1", ["grey pictures"])]
+    assert {each["task"] for each in page["flips"]} == {"task_0"}
+
+
+def test_a_control_that_a_variant_still_lacks_is_no_missing_score(results):
+    run = make_run(results, 1, tasks=2)
+    kept = [line for line in (run / "tasks.jsonl").read_text().splitlines() if json.loads(line)["task"] != "task_1"]
+    (run / "tasks.jsonl").write_text("".join(f"{line}\n" for line in kept))
+    change(run / "run.json", lambda about: about["resolved"]["tasks"][1].update(pictures="grey"))
+    assert reasons(build(results), "qad") == []
+
+
 def test_a_run_whose_baseline_is_outside_the_published_band_is_suspect_and_not_ranked(results):
     run = with_values(make_run(results, 1, tasks=2), {"bf16": 0.6})
     figure = {"variant": "bf16", "task": "task_0", "value": 70.0}

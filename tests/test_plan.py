@@ -233,6 +233,12 @@ def test_the_sources_of_every_kind_of_stage_are_registered():
     assert numerics.unaccounted() == {}
 
 
+def test_what_chooses_the_class_of_an_image_processor_is_a_source_wherever_processors_are():
+    with_processors = {kind for kind, names in numerics.SOURCES.items() if "harness/processor.py" in names}
+    assert {"model", "data", "prepare", "evaluate"} <= with_processors
+    assert with_processors <= {kind for kind, names in numerics.SOURCES.items() if "qad/image_processors.py" in names}
+
+
 def test_an_unregistered_source_is_noticed(monkeypatch):
     monkeypatch.setattr(numerics, "source_digest", lambda kind: "changed")
     assert set(numerics.unaccounted()) == set(numerics.SOURCES)

@@ -21,7 +21,7 @@ from harness.power import INTRACLUSTER, assumed_spread
 from harness.schema_gate import Gate, GateTask, Pooled
 from harness.suite import load_suite
 from harness.tasks import mini
-from harness.tasks.sizes import MINI_TASKS
+from harness.tasks.sizes import TEXT_TASKS
 from tests.sample_runs import sample, write_run
 from tests.test_end_to_end import TORCH_FREE
 
@@ -121,6 +121,7 @@ def test_what_is_measured_has_one_scenario_and_what_is_assumed_a_cautious_one():
     [
         (alone(29), "29 questions, the policy wants at least 30"),
         (Asked(100, 19, 1, True), "19 clusters, the policy wants at least 20"),
+        (Asked(100, 100, 1, True, is_control=True), "a control with grey pictures, which is no score"),
         (Asked(100, 100, 1, True, is_partial=True), "its limit leaves only the first questions, which no gate admits"),
     ],
 )
@@ -247,7 +248,7 @@ def test_the_quickstart_gate_has_the_power_that_it_states():
         rows = getattr(mini, f"{name.removeprefix('mini_')}_dataset")()["test"]
         clusters = {row.get("cluster", number) for number, row in enumerate(rows)}
         asked[name] = Asked(len(rows), len(clusters), 1, is_greedy=True)
-    assert set(asked) == set(MINI_TASKS)
+    assert set(asked) == set(TEXT_TASKS)
     found = gate_outlook(policy, asked)
     assert min(found.go or (0.0,)) >= 0.8
     assert simulated_go(policy, asked, FLIPS[-1]) >= 0.8

@@ -9,7 +9,6 @@ from harness.errors import SuiteError
 from harness.outline import outline
 from harness.plan import make_plan
 from harness.policy import load_policy
-from harness.schema import NOT_AVAILABLE_KEYS, NOT_AVAILABLE_VALUES
 from harness.store import Store
 from harness.suite import load_suite
 
@@ -371,13 +370,6 @@ def test_post_training_sets_the_recommended_rate_and_plan_says_where_it_comes_fr
 def test_a_rate_of_the_suite_is_never_replaced_by_the_recommended_one(tiny_suite):
     tiny_suite.write_text(tiny_suite.read_text().replace("[model]", '[model]\npost_training = "sft"'))
     assert {v.training.lr for v in load_suite(tiny_suite).variants if v.is_trained} == {1e-3}
-
-
-def test_everything_that_is_not_available_yet_is_listed_in_the_readme():
-    readme = (REPOSITORY / "README.md").read_text()
-    values = [f"{key} = {value}" for key, group in NOT_AVAILABLE_VALUES.items() for value in group]
-    for entry in [*NOT_AVAILABLE_KEYS, *values]:
-        assert f"`{entry}`" in readme, entry
 
 
 def test_block_scales_are_frozen_by_default_with_every_rule_but_amax(tiny_suite):

