@@ -17,7 +17,8 @@ from torch import nn
 from qad.backbone import backbone_of
 from qad.building import native_class
 from qad.errors import RecipeError
-from qad.stored_names import loaded_names
+from qad.experts import open_experts
+from qad.stored_names import loaded_names, stored_tensors
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,11 @@ class Architecture:
 
     @cached_property
     def in_files(self) -> dict[str, str]:
-        """The name in files of every tensor of the model; its own name for one that they lack."""
+        """The name in files of every tensor of the model; for one that they lack, what transformers would write."""
         found = {own: stored for stored, own in self.own.items()}
-        return {name: found.get(name, name) for name in self.model.state_dict()}
+        tensors = self.model.state_dict()
+        written = {own: stored for stored, (own, _) in stored_tensors(self.model, tensors).items() if own is not None}
+        return {name: found.get(name, written.get(name, name)) for name in tensors}
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -81,6 +84,8 @@ def architecture_of(config: dict[str, Any], stored: Iterable[str]) -> Architectu
     try:
         model_config, architecture = native_class(plain)
         with torch.device("meta"):
-            return Architecture(architecture._from_config(model_config), frozenset(stored))
+            model = architecture._from_config(model_config)
+            open_experts(model)
+            return Architecture(model, frozenset(stored))
     except (KeyError, ValueError, AttributeError, ImportError):
         return None

@@ -1,11 +1,12 @@
 """From a configuration and tensors to a transformers model: which class it is, and what is refused.
 
-A class is transformers' own (a causal language model, or an image-text model), or comes from the Python files beside the
-configuration, where the caller allows that.
+A class is transformers' own (a causal language model, or an image-text model), the one that `qad.decilm` has for "nemotron-nas", or
+comes from the Python files beside the configuration, where the caller allows that.
 """
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,29 @@ from torch import Tensor
 
 from qad import nvfp4
 from qad.backbone import head_of, last_hidden, speaker_of
-from qad.errors import CheckpointError
+from qad.errors import CheckpointError, memory_asked_for
+from qad.experts import open_experts
 
 _REMOTE_CLASSES = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
 """Where remote code may say its class, the first that it has. AutoModel is where models of several parts often stand."""
 
+NATIVE = ("nemotron_h", "nemotron-nas", "deepseek_v3")
+"""Types of models that were published with remote code and have a class without it since: in transformers 5, in `qad.decilm`."""
+
 
 def native_class(config: dict[str, Any]) -> tuple[Any, Any]:
-    """Configuration object and model class that transformers has for the content of a config.json.
+    """Configuration object and model class that transformers, or `qad.decilm`, has for the content of a config.json.
 
     A type that it knows both as a causal language model and as an image-text model is what `architectures` says, else the latter.
-    KeyError or ValueError where it knows neither.
+    KeyError or ValueError where it knows neither; CheckpointError for a "nemotron-nas" model that is not available.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    model_config = AutoConfig.for_model(**config)
+    if config.get("model_type") == "nemotron-nas":
+        from qad import decilm
+
+        decilm.register()
+    model_config = AutoConfig.for_model(**copy.deepcopy(config))  # which adds to nested fields
     mappings = (AutoModelForImageTextToText._model_mapping, AutoModelForCausalLM._model_mapping)
     known = [found for mapping in mappings if (found := mapping.get(type(model_config), None)) is not None]
     if not known:
@@ -38,7 +47,9 @@ def native_class(config: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def build(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], trust_remote_code: bool) -> Any:
-    """The model of `config` with `tensors`, in BF16 and in evaluation mode.
+    """The model of `config` with `tensors`, in BF16 and in evaluation mode; experts are opened (`qad.experts`).
+
+    `tensors` is emptied: experts would be in memory twice.
 
     Raises:
         CheckpointError: a class that is not known or not allowed, a package that it needs is missing, tensors that do not fit it.
@@ -50,13 +61,11 @@ def build(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], trus
         if tensor.is_floating_point():
             nvfp4.require_finite(tensor.float(), f"{folder}: {name}")
     try:
-        if config.get("auto_map"):
+        if runs_remote_code(config, trust_remote_code):
             model_config, architecture = _remote_code(folder, config, trust_remote_code)
         else:
             model_config, architecture = _native(folder, config)
-        model, report = architecture.from_pretrained(
-            None, config=model_config, state_dict=tensors, dtype=torch.bfloat16, output_loading_info=True
-        )
+        model, report = _filled(folder, architecture, model_config, tensors)
     except ImportError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
@@ -65,14 +74,48 @@ def build(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], trus
     problems = {key: sorted(report[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(key)}
     if problems:
         raise CheckpointError(f"{folder}: its tensors do not fit {architecture.__name__}: {problems}")
+    tensors.clear()
+    open_experts(model)
     model.generation_config = GenerationConfig()
     _require_plain_head(folder, model.eval())
     return model
 
 
+def _filled(folder: Path, architecture: Any, model_config: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Any]]:
+    """The model with `tensors`, and transformers' report of what did not fit."""
+    try:
+        model, report = architecture.from_pretrained(
+            None,
+            config=model_config,
+            state_dict=tensors,
+            dtype=torch.bfloat16,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and refused by name
+        )
+        return model, report
+    except RuntimeError as error:
+        if memory_asked_for(error) is not None:
+            raise
+        raise CheckpointError(
+            f"{folder}: its tensors cannot be made into those of {architecture.__name__}: some are missing or have other shapes (of "
+            "experts, each needs every projection); copy it again, or run harness verify on it"
+        ) from error
+
+
+def runs_remote_code(config: dict[str, Any], trust_remote_code: bool) -> bool:
+    """Whether the class of a model comes from Python files beside its configuration: it names some, and `NATIVE` has none of its type.
+
+    A caller that trusts the files gets theirs, but of "nemotron-nas", whose own cannot run any more.
+    """
+    model_type = config.get("model_type")
+    return bool(config.get("auto_map")) and (model_type not in NATIVE or (trust_remote_code and model_type != "nemotron-nas"))
+
+
 def _native(folder: Path, config: dict[str, Any]) -> tuple[Any, Any]:
     try:
         return native_class(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: model_type {config.get('model_type')!r} is no causal language model and no image-text model that "

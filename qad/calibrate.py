@@ -1,6 +1,10 @@
 """Calibration: the largest input magnitude of every fused group over given batches, and the check that it suffices;
 the second moments of inputs, with which a scale rule may weigh its errors.
 
+All experts of a layer share one record a projection, so one that no token was routed to takes the largest magnitude that the others saw; of
+second moments, which every expert has of its own, it takes the mean over the others. How many there were is counted, by layer. A layer none
+of whose experts was reached is an error.
+
 What calibration has not seen, serving saturates: batches should hold first tokens, the chat template and the longest
 contexts that will be served. Tensor scales are derived from the record by `qad.quantize`, with the recipe's headroom.
 """
@@ -8,7 +12,7 @@ contexts that will be served. Tensor scales are derived from the record by `qad.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,11 +27,18 @@ from qad.observe import observe_inputs
 from qad.recipe import FusedGroup, Recipe, match
 
 
+class InputAmax(dict[str, float]):
+    """Largest input magnitudes by `FusedGroup.input_name`. unrouted_experts: how many experts calibration never reached, by layer of
+    experts; 0 is a layer all of whose experts were."""
+
+    def __init__(self, amax: Mapping[str, float], unrouted_experts: dict[str, int]) -> None:
+        super().__init__(amax)
+        self.unrouted_experts = unrouted_experts
+
+
 @torch.no_grad()
-def calibrate(
-    model: Any, recipe: Recipe, batches: Iterable[dict[str, Tensor]], *, skip_first_token: bool = False
-) -> dict[str, float]:
-    """The largest input magnitude by fused group of a BF16 model.
+def calibrate(model: Any, recipe: Recipe, batches: Iterable[dict[str, Tensor]], *, skip_first_token: bool = False) -> InputAmax:
+    """The largest input magnitude by fused group of a BF16 model, of experts by projection of a layer.
 
     With an FP8 KV cache also those of the keys and values of each attention layer, as `<layer>.k_cache` and `.v_cache`.
 
@@ -38,14 +49,16 @@ def calibrate(
         skip_first_token: leave the first position of every sequence out of the record too: an experiment that shows what a
             calibration without it costs, since a model can put its largest activations there.
     Raises:
-        CalibrationError: no batch, or a group that no batch reached.  NonFiniteError: an activation is NaN or infinite.
+        CalibrationError: no batch, or a group, or all experts of a layer, that no batch reached.  NonFiniteError: an activation is NaN or infinite.
     """
     targets = match(model, recipe)
     amax: dict[str, Tensor] = {}
+    reached: set[str] = set()
 
     def record(group: FusedGroup, x: Tensor) -> None:
         largest = torch.maximum(x.max(), -x.min()).float()
-        amax[group.name] = torch.maximum(amax.get(group.name, largest), largest)
+        amax[group.input_name] = torch.maximum(amax.get(group.input_name, largest), largest)
+        reached.add(group.name)
 
     with kv_cache.recording(model, targets.kv_cache) as recorders:
 
@@ -54,7 +67,7 @@ def calibrate(
                 recorder.mask = mask
 
         observe_inputs(model, targets.groups, batches, record, skip_first_token=skip_first_token, on_mask=set_mask)
-    _require_all(targets.groups, amax)
+    unrouted = _unrouted(targets.groups, reached)
     for name, recorder in recorders.items():
         if not recorder.seen:
             raise CalibrationError(
@@ -64,7 +77,7 @@ def calibrate(
     for name, value in amax.items():
         if not math.isfinite(float(value)):
             raise NonFiniteError(f"input of {name}: {float(value)} during calibration; the BF16 model itself overflows there")
-    return {name: float(value) for name, value in amax.items()}
+    return InputAmax({name: float(value) for name, value in amax.items()}, unrouted)
 
 
 @torch.no_grad()
@@ -86,21 +99,45 @@ def second_moments(
         counts[group.name] += len(rows)
 
     observe_inputs(model, groups, batches, record, skip_first_token=skip_first_token)
-    _require_all(groups, sums)
+    _unrouted(groups, sums)
+    pooled: dict[str, tuple[Tensor, int]] = {}
+    for group in groups:
+        if group.experts is not None and group.name in sums:
+            total, count = pooled.get(group.input_name, (torch.zeros_like(sums[group.name]), 0))
+            pooled[group.input_name] = total + sums[group.name], count + counts[group.name]
+    for group in groups:
+        if group.name not in sums:
+            sums[group.name], counts[group.name] = pooled[group.input_name]
     moments = {name: (total / counts[name]).float() for name, total in sums.items()}
     for name, moment in moments.items():
         require_finite(moment, f"second moment of the input of {name}")
     return {group.name: moments[group.name] for group in groups}
 
 
-def _require_all(groups: Iterable[FusedGroup], found: Mapping[str, Any]) -> None:
-    names = [group.name for group in groups]
-    missed = [name for name in names if name not in found]
+def _unrouted(groups: Iterable[FusedGroup], reached: Container[str]) -> dict[str, int]:
+    """How many experts of each layer of experts were not reached; CalibrationError where another group, or all of a layer, was not."""
+    missed: list[str] = []
+    total = 0
+    experts: dict[str, dict[str, bool]] = {}
+    for group in groups:
+        total += 1
+        if group.experts is None:
+            missed += [] if group.name in reached else [group.name]
+        else:
+            expert = group.name.rpartition(".")[0]
+            known = experts.setdefault(group.experts, {})
+            known[expert] = known.get(expert, True) and group.name in reached
     if missed:
         raise CalibrationError(
-            f"calibration reached {len(found)} of {len(names)} fused groups; never seen: {', '.join(missed[:5])}; "
+            f"calibration never reached {len(missed)} of {total} fused groups: {', '.join(missed[:5])}; "
             "calibrate with text that reaches them, or exclude them"
         )
+    for layer, found in experts.items():
+        if not any(found.values()):
+            raise CalibrationError(
+                f'{layer}: calibration reached none of its {len(found)} experts; calibrate with more text, or exclude "{layer}.*"'
+            )
+    return {layer: sum(not is_reached for is_reached in found.values()) for layer, found in experts.items()}
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from qad import kv_cache
 from qad.building import build
-from qad.errors import CheckpointError
+from qad.errors import CheckpointError, SplitError
+from qad.experts import EXPERT, expert_layers
 from qad.kernels import backend
 from qad.layouts import (
     CACHE_NAMES,
@@ -52,13 +53,16 @@ class Loaded:
     """A checkpoint in memory: the model, and what computes its modules.
 
     kernels: by class of module. "linear": "bf16", "w4a4_emulation", "w4a16" or "w8a8_emulation"; "linear_fp8" beside it where
-        a recipe is mixed; "kv_cache": "bf16" or "fp8_emulation".
+        a recipe is mixed; "experts" beside it where the model has some, and then "linear" is never of FP8 layers; "kv_cache": "bf16" or "fp8_emulation".
     backend: which code quantizes activations, "numba", "triton" or "torch"; None where none are. All of them are bit-equal.
+    merged_inputs: projections of layers of experts whose files hold several input scales, as other tools write them. Computed is with
+        the largest, as vLLM 0.32 does (`fused_moe/oracle/nvfp4.py`), which may not be what the tool meant; verification names them.
     """
 
     model: Any
     kernels: dict[str, str]
     backend: str | None
+    merged_inputs: tuple[str, ...] = ()
 
 
 def write_checkpoint(
@@ -90,8 +94,8 @@ def write_checkpoint(
             if hf_quant_config is not None:
                 write_json(partial / "hf_quant_config.json", hf_quant_config)
             write_json(partial / RECORD, record)
-        write_json(partial / "config.json", config)
         copy_companions(companions, partial)
+        write_json(partial / "config.json", _with_code(config, partial))
         metadata = {"qad": json.dumps(record, sort_keys=True)}
         write_shards(partial, sizes_of(tensors.items()), tensors.__getitem__, metadata=metadata, shard_bytes=shard_bytes)
 
@@ -103,7 +107,8 @@ def load_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Loaded:
         trust_remote_code: run the Python files of the folder where its configuration names them.
     Raises:
         CheckpointError: not a folder with config.json and safetensors, another quantization, tensors that are missing,
-            left over, of a wrong type or shape, not finite, unequal scales in a fused group, a configuration that disagrees.
+            left over, of a wrong type or shape, not finite, unequal scales in a fused group, a group in several formats, a
+            configuration that disagrees.
     """
     config = read_config(folder)
     files = TensorFiles(folder)
@@ -112,7 +117,8 @@ def load_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Loaded:
     if scheme is None:
         plain = {name: files.get(name) for name in files.where}
         model = build(folder, config, plain, trust_remote_code)
-        return Loaded(model, {"linear": "bf16", "kv_cache": "bf16"}, None)
+        experts = {"experts": "bf16"} if expert_layers(name for name, _ in model.named_modules()) else {}
+        return Loaded(model, {"linear": "bf16", **experts, "kv_cache": "bf16"}, None)
     names = layer_names(files, scheme.layout)
     cache = read_cache(files, scheme)
     consumed = {name + suffix for name in names for suffix in NAMES[scheme.layout].all}
@@ -126,8 +132,8 @@ def load_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Loaded:
         stored[name] = layer.format, layer.encoding.tensor_scale, layer.input_scale
     model = build(folder, config, tensors, trust_remote_code)
     linears = tuple(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-    own = loaded_layers(model, stored)
-    strangers = sorted(name for name in stored if own[name] not in linears)
+    own, known = loaded_layers(model, stored), set(linears)
+    strangers = sorted(name for name in stored if own[name] not in known)
     if strangers:
         raise CheckpointError(f"{folder}: {strangers[0]} is quantized but is no linear layer of {type(model).__name__}")
     layers = {own[name]: found for name, found in stored.items()}
@@ -139,27 +145,43 @@ def load_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Loaded:
                 "export it again, or list the layer among those left alone"
             )
     formats: dict[str, Format] = {name: format for name, (format, _, _) in layers.items()}
-    for group in groups_of(formats, linears):
-        scales = [layers[name][1:] for name in group.members]
-        _require_equal(folder, group.name, "tensor scales", [scale for scale, _ in scales])
-        _require_equal(folder, group.name, "input scales", [scale for _, scale in scales if scale is not None])
-        if len({scale is None for _, scale in scales}) > 1:
+    merged = []
+    for sharing in _by_input(_whole_groups(folder, formats, linears)):
+        for group in sharing:
+            _require_equal(folder, group.name, "tensor scales", [layers[name][1] for name in group.members])
+        found_scales = [layers[name][2] for group in sharing for name in group.members]
+        input_scales = [scale for scale in found_scales if scale is not None]
+        if 0 < len(input_scales) < len(found_scales):
             raise CheckpointError(
-                f"{folder}: {group.name}: some of its members have an input scale and some have none; serving engines merge them"
+                f"{folder}: {sharing[0].input_name}: some of its members have an input scale and some have none; serving engines merge them"
             )
-        install(model, group, {name: layers[name][1] for name in group.members}, scales[0][1])
+        if sharing[0].experts is None:
+            _require_equal(folder, sharing[0].name, "input scales", input_scales)
+        elif len({float(scale) for scale in input_scales}) > 1:
+            merged.append(sharing[0].input_name)
+        input_scale = max(input_scales, key=float, default=None)
+        for group in sharing:
+            install(model, group, {name: layers[name][1] for name in group.members}, input_scale)
     if cache:
         attention = {
             name: found.removesuffix(_KEYS) for name, found in loaded_layers(model, (f"{n}{_KEYS}" for n in cache)).items()
         }
         kv_cache.install(model, {attention[f"{name}{_KEYS}"]: scales for name, scales in cache.items()})
-    kernels = kernels_of({(formats[name], layers[name][2] is not None) for name in layers}, has_fp8_cache=bool(cache))
+    found = [(name, (formats[name], layers[name][2] is not None)) for name in layers]
+    has_experts = bool(expert_layers(linears))
+    others = {kind for name, kind in found if not EXPERT.match(name)}
+    kernels = kernels_of(others, has_fp8_cache=bool(cache), is_fp8_apart=has_experts)
+    if has_experts:
+        kernels["experts"] = kernels_of({kind for name, kind in found if EXPERT.match(name)}, has_fp8_cache=False)["linear"]
     is_w4a4 = any("w4a4" in kernel for kernel in kernels.values())
-    return Loaded(model, kernels, backend(torch.device("cpu")) if is_w4a4 else None)
+    return Loaded(model, kernels, backend(torch.device("cpu")) if is_w4a4 else None, tuple(merged))
 
 
-def kernels_of(formats: set[tuple[Format, bool]], *, has_fp8_cache: bool) -> dict[str, str]:
-    """What computes each class of module in this library, given the formats and whether inputs are quantized; joined by "+"."""
+def kernels_of(formats: set[tuple[Format, bool]], *, has_fp8_cache: bool, is_fp8_apart: bool = False) -> dict[str, str]:
+    """What computes each class of module in this library, given the formats and whether inputs are quantized; joined by "+".
+
+    is_fp8_apart: FP8 layers are "linear_fp8" and not "linear" even where no layer is NVFP4.
+    """
     names = {
         ("nvfp4", True): "w4a4_emulation",
         ("nvfp4", False): "w4a16",
@@ -170,10 +192,10 @@ def kernels_of(formats: set[tuple[Format, bool]], *, has_fp8_cache: bool) -> dic
         format: "+".join(sorted(names[key] for key in formats if key[0] == format))
         for format in sorted({key[0] for key in formats})
     }
-    mixed = {"linear_fp8": found["fp8"]} if len(found) > 1 else {}
+    is_apart = is_fp8_apart or "nvfp4" in found
     return {
-        "linear": found.get("nvfp4", found.get("fp8", "bf16")),
-        **mixed,
+        "linear": found.get("nvfp4" if is_apart else "fp8", "bf16"),
+        **({"linear_fp8": found["fp8"]} if is_apart and "fp8" in found else {}),
         "kv_cache": "fp8_emulation" if has_fp8_cache else "bf16",
     }
 
@@ -212,6 +234,15 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
+def _with_code(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`config`, without an `auto_map` to Python files that are not in `folder`: nobody could follow it."""
+    classes = [str(name) for name in (config.get("auto_map") or {}).values()]
+    files = {f"{name.partition('.')[0]}.py" for name in classes if "--" not in name}
+    if all((folder / file).is_file() for file in files):
+        return config
+    return {key: value for key, value in config.items() if key != "auto_map"}
+
+
 def _stored_tensors(model: Any, layout: Layout, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under its name in files. names: of modules, in the model and in files."""
     quantized = quantized_linears(model)
@@ -231,8 +262,10 @@ def _as_stored(targets: Targets, names: Mapping[str, str]) -> Targets:
     groups = tuple(
         FusedGroup(group.name, tuple(names[member] for member in group.members), group.format) for group in targets.groups
     )
-    excluded = tuple(names.get(name, name) for name in targets.excluded)
-    return Targets(groups, excluded, tuple(_attention(name, names) for name in targets.kv_cache))
+    excluded, never_linear = (
+        tuple(names.get(name, name) for name in each) for each in (targets.excluded, targets.never_linear)
+    )
+    return Targets(groups, excluded, tuple(_attention(name, names) for name in targets.kv_cache), never_linear)
 
 
 def _attention(name: str, names: Mapping[str, str]) -> str:
@@ -257,6 +290,24 @@ def _require_as_configured(folder: Path, scheme: Scheme, name: str, layer: Quant
             f"{folder}: its config says that {name} {said} but its tensors are {found[0]} {'with' if found[1] else 'without'} "
             "one; the config disagrees with the tensors: export it again"
         )
+
+
+def _whole_groups(folder: Path, formats: dict[str, Format], linears: tuple[str, ...]) -> tuple[FusedGroup, ...]:
+    try:
+        return groups_of(formats, linears)
+    except SplitError as error:
+        raise CheckpointError(
+            f"{folder}: {error.where}: the checkpoint splits {error.found}; engines serve them as one: export it again with all of them in "
+            "one format, or all in BF16; harness verify lists every such problem"
+        ) from error
+
+
+def _by_input(groups: tuple[FusedGroup, ...]) -> list[list[FusedGroup]]:
+    """Groups together that share one input scale when served."""
+    found: dict[str, list[FusedGroup]] = {}
+    for group in groups:
+        found.setdefault(group.input_name, []).append(group)
+    return list(found.values())
 
 
 def _require_equal(folder: Path, group: str, what: str, scales: list[Tensor]) -> None:

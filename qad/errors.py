@@ -2,6 +2,7 @@
 
 QadError
     RecipeError       what to quantize does not fit the model
+        SplitError    layers that engines serve as one, in more than one format
     NonFiniteError    a NaN or an infinity, with the name of the tensor that holds it
     CalibrationError  activations were never seen, or saturate too often
     CheckpointError   a folder that is not a checkpoint we can read
@@ -24,6 +25,14 @@ class QadError(ValueError):
 
 class RecipeError(QadError):
     """The recipe does not fit the model."""
+
+
+class SplitError(RecipeError):
+    """Layers that serving engines merge do not have one format. where: the group; found: its kind, and what its members have."""
+
+    def __init__(self, where: str, found: str, advice: str) -> None:
+        super().__init__(f"{where}: the recipe splits {found}; {advice}")
+        self.where, self.found = where, found
 
 
 class NonFiniteError(QadError):

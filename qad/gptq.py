@@ -6,6 +6,8 @@ W4A4, plain ones in W4A16. Source: GPTQ (arXiv 2210.17323), algorithm 1, in natu
 diagonal; the inverse and its Cholesky factor in FP64. Departure: the scales are chosen before and stay, so that the result is
 plain NVFP4 whatever the rule that chose them.
 
+An expert that no batch is routed to has no Hessian and keeps its codes, each weight rounded to the nearest on its scales.
+
 Groups are done in the model's order, as many at a time as Hessians fit in a stated memory, each time with a forward pass of
 the model as it is by then: the groups before are quantized already.
 """
@@ -32,6 +34,8 @@ DAMPING = 0.01
 BLOCK_COLUMNS = 128
 """Columns whose errors are propagated one by one; later columns get theirs in one product a block."""
 HESSIAN_BYTES = 64 << 20
+MOST_PASSES = 500
+"""Passes over the calibration batches, above which nothing is begun: every expert has a Hessian of its own."""
 
 
 def refine(
@@ -49,13 +53,24 @@ def refine(
         batches: as for `qad.calibrate.calibrate`; read once for each batch of groups.
         hessian_bytes: how many groups are done at a time; at least one is.
     Raises:
-        CalibrationError: no batch reaches a group.  NonFiniteError: an input of it is NaN or infinite.
+        CalibrationError: it would take more than MOST_PASSES passes, of which none is begun; no batch reaches a group that is of no
+            expert.  NonFiniteError: an input of it is NaN or infinite.
     """
-    for together in _portions(groups, modules, hessian_bytes):
+    portions = list(_portions(groups, modules, hessian_bytes))
+    if len(portions) > MOST_PASSES:
+        n_experts = sum(group.experts is not None for group in groups)
+        raise CalibrationError(
+            f'scale_rule "gptq" would take {len(portions)} passes over the calibration batches, {hessian_bytes >> 20} MiB of Hessians '
+            f"each, for {len(groups)} groups of layers of which {n_experts} are of experts; at most {MOST_PASSES} are allowed: choose "
+            'another scale_rule ("mse" with scale_weighting = "second_moment" weighs errors by inputs too), or exclude the experts '
+            '("*.experts.*")'
+        )
+    for together in portions:
         hessians = _hessians(model, together, modules, batches)
         for group in together:
             members = [modules[name] for name in group.members]
-            _refine_group(group, members, hessians.pop(group.name))
+            if group.name in hessians:
+                _refine_group(group, members, hessians.pop(group.name))
 
 
 def _portions(
@@ -89,7 +104,7 @@ def _hessians(
         found[group.name].addmm_(rows.T, rows)
 
     observe_inputs(model, groups, batches, add, stop_when_all_seen=True)
-    missed = [group.name for group in groups if group.name not in found]
+    missed = [group.name for group in groups if group.name not in found and group.experts is None]
     if missed:
         raise CalibrationError(
             f"GPTQ: no calibration batch reached {', '.join(missed[:5])}; calibrate with text that reaches them, or exclude them"

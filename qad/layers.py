@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from qad import ranks
 from qad.backbone import decoder_of
 from qad.errors import TrainingError
+from qad.experts import opened_experts
 from qad.modules import input_quantizers
 
 
@@ -40,12 +41,14 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def compile_layers(model: Any) -> None:
-    """Compile each layer with torch.compile; input quantizers stay as they are, between the compiled parts.
+    """Compile each layer with torch.compile; input quantizers and experts stay as they are, between the compiled parts.
 
     Before `checkpoint_activations`, if that is wanted too: torch.compile leaves what checkpointing wraps as it is, and says nothing.
     """
     for quantizer in input_quantizers(model):
         quantizer.forward = torch.compiler.disable(quantizer.forward)  # type: ignore[method-assign]
+    for experts in opened_experts(model).values():  # which of them run depends on the tokens
+        experts.forward = torch.compiler.disable(experts.forward)  # type: ignore[method-assign]
     for layer in layers_of(model):
         layer.forward = torch.compile(layer.forward)
 

@@ -20,12 +20,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from qad.errors import CheckpointError
+from qad.experts import expert_layers
 from qad.fp8 import Fp8Packed
 from qad.nvfp4 import BLOCK_SIZE, Packed
 from qad.recipe import Format, Targets
@@ -96,13 +98,33 @@ class Scheme:
 
         aliases: other names of it; some writers list what is left alone by its name in memory, not by that in files.
         """
-        if any(self.is_match(pattern, known) for pattern in self.ignored for known in (name, *aliases)):
+        if any(self._is_ignored(known) for known in (name, *aliases)):
             return None
+        if name in self._named:
+            return self._named[name]
         for by_class in (False, True):
             for targets, format, activations in self.groups:
                 if any((target == "Linear") if by_class else self.is_match(target, name) for target in targets):
                     return format, activations
         return None
+
+    @cached_property
+    def _named(self) -> dict[str, tuple[Format, bool]]:
+        """Targets that are plain names, which the many experts of a model would be compared with one by one."""
+        found = [(target, (format, activations)) for targets, format, activations in self.groups for target in targets]
+        return {target: group for target, group in reversed(found) if _is_plain(target) and target != "Linear"}
+
+    @cached_property
+    def _left_alone(self) -> tuple[frozenset[str], tuple[str, ...]]:
+        """What is ignored: plain names, and patterns."""
+        plain = frozenset(pattern for pattern in self.ignored if _is_plain(pattern))
+        return plain, tuple(pattern for pattern in self.ignored if pattern not in plain)
+
+    def _is_ignored(self, name: str) -> bool:
+        plain, patterns = self._left_alone
+        parts = name.split(".")
+        holders = (".".join(parts[:n]) for n in range(1, len(parts) + 1))
+        return any(holder in plain for holder in holders) or any(self.is_match(pattern, name) for pattern in patterns)
 
     def is_match(self, pattern: str, name: str) -> bool:
         """Whether a pattern of this layout's syntax names the layer `name` (or a module that holds it)."""
@@ -111,13 +133,17 @@ class Scheme:
         return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
 
 
+def _is_plain(pattern: str) -> bool:
+    return not pattern.startswith("re:") and not set("*?[") & set(pattern)
+
+
 def layer_tensors(layout: Layout, name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
-    """The tensors of one layer as they are stored."""
+    """The tensors of one layer as they are stored; its scales are copies, for files hold no tensor twice and groups share scales."""
     names, encoding = NAMES[layout], layer.encoding
     if isinstance(encoding, Fp8Packed):
         shape = (1,) if layout == "compressed-tensors" else ()
         scales = {names.fp8_scale: encoding.tensor_scale, names.fp8_input_scale: layer.input_scale}
-        stored = {name + suffix: scale.reshape(shape) for suffix, scale in scales.items() if scale is not None}
+        stored = {name + suffix: scale.reshape(shape).clone() for suffix, scale in scales.items() if scale is not None}
         return {name + names.fp8_weight: encoding.codes, **stored}
     tensors = {name + names.codes: encoding.packed, name + names.block_scale: encoding.block_scale}
     for suffix, scale in ((names.tensor_scale, encoding.tensor_scale), (names.input_scale, layer.input_scale)):
@@ -140,6 +166,7 @@ def configs(layout: Layout, targets: Targets, *, activations: bool) -> tuple[dic
     formats = {group.format for group in targets.groups}
     if layout == "compressed-tensors":
         return _compressed_tensors_config(targets, formats, activations), None
+    left_alone = [*targets.excluded, *targets.never_linear]
     nvfp4_algorithm = "NVFP4" if activations else "W4A16_NVFP4"
     algorithm = "MIXED_PRECISION" if len(formats) > 1 else "FP8" if formats == {"fp8"} else nvfp4_algorithm
     layers = {
@@ -159,7 +186,7 @@ def configs(layout: Layout, targets: Targets, *, activations: bool) -> tuple[dic
         "quant_method": "modelopt",
         "quant_algo": algorithm,
         "producer": PRODUCER,
-        "ignore": list(targets.excluded),
+        "ignore": left_alone,
         "config_groups": groups,
         **mixed,
     }
@@ -169,7 +196,7 @@ def configs(layout: Layout, targets: Targets, *, activations: bool) -> tuple[dic
         "quant_algo": algorithm,
         "kv_cache_quant_algo": "FP8" if targets.kv_cache else None,
         "group_size": BLOCK_SIZE,
-        "exclude_modules": list(targets.excluded),
+        "exclude_modules": left_alone,
         **mixed,
     }
     return config, {"producer": PRODUCER, "quantization": quantization}
@@ -188,12 +215,15 @@ def _compressed_tensors_config(targets: Targets, formats: set[Format], activatio
     fp8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
     stored = {"nvfp4": "nvfp4-pack-quantized", "fp8": "float-quantized"}
     groups = {}
+    left_alone = [*targets.excluded, *targets.never_linear]
+    packed = expert_layers(targets.members)
+    patterns_left = [_all_of(layer) for layer in expert_layers(targets.excluded) if layer not in packed]
     for index, format in enumerate(sorted(formats, reverse=True)):
         members = [member for group in targets.groups if group.format == format for member in group.members]
         scheme = nvfp4 if format == "nvfp4" else fp8
         inputs = {**scheme, "dynamic": "local", "observer": "static_minmax"} if format == "nvfp4" else scheme
         groups[f"group_{index}"] = {
-            "targets": ["Linear"] if len(formats) == 1 else members,
+            "targets": ["Linear"] if len(formats) == 1 else [*members, *map(_all_of, expert_layers(members))],
             "weights": scheme,
             "input_activations": inputs if activations else None,
             "output_activations": None,
@@ -203,10 +233,17 @@ def _compressed_tensors_config(targets: Targets, formats: set[Format], activatio
         "quant_method": "compressed-tensors",
         "format": "mixed-precision" if len(formats) > 1 else stored[next(iter(formats))],
         "quantization_status": "compressed",
-        "ignore": list(targets.excluded),
+        "ignore": [*left_alone, *patterns_left],
         "config_groups": groups,
         "kv_cache_scheme": fp8 if targets.kv_cache else None,
     }
+
+
+def _all_of(layer: str) -> str:
+    """A pattern for whatever is in a layer of experts, from its list of layers on: vLLM asks for projections by names that files do not
+    have ("None" for a gate that is missing), and renames what is before, in plain names but not in patterns."""
+    found = re.search(r"[^.]+\.\d+\..+", layer)
+    return rf"re:(?:.*\.)?{re.escape(found[0] if found else layer)}\..*"
 
 
 def read_scheme(where: str, config: dict[str, Any], hf_quant_config: dict[str, Any] | None) -> Scheme | None:

@@ -134,6 +134,7 @@ def chunked_loss(
                 hidden_gradient[part] = logits_gradient @ head
             if head_gradient is not None:
                 head_gradient += logits_gradient.T @ hidden[part]
+            del chunk, logits_gradient  # before the next one is made: two would be there at once
         sums = LossSums(values.double().sum(), None if teacher is None else kl.double().sum(), ce.double().sum())
         loss = (sums.objective / n_tokens).float()
     if wants_hidden or wants_head:
@@ -157,6 +158,7 @@ def token_divergence(
         assert chunk.teacher is not None and chunk.kl is not None
         kl[part], ce[part] = chunk.kl, chunk.ce
         top1[part] = (chunk.student.logits.argmax(dim=1) == chunk.teacher.logits.argmax(dim=1)).float()
+        del chunk
     return TokenDivergence(kl, ce, top1)
 
 

@@ -34,7 +34,8 @@ def observe_inputs(
         model: a transformers model; called through its base model, so that the output head costs nothing.
         batches: dictionaries with input_ids and attention_mask, (batch, tokens), padding on the right; and what an image-text model is
             called with besides. Positions that stand for an image are real inputs, in serving as here: they count.
-        observe: gets x as (tokens, K), or as the module got it where its shape is not (batch, tokens, K).
+        observe: gets x as (tokens, K), or as the module got it where its shape is neither (batch, tokens, K) nor (batch * tokens, K). An
+            expert that no token was routed to, or padding alone, is not seen.
         skip_first_token: leave the first position of every sequence out as well.
         on_mask: called before each batch with the positions that count, (batch, tokens) bool.
         stop_when_all_seen: end a forward pass as soon as every group has had an input.
@@ -48,12 +49,17 @@ def observe_inputs(
             if seen.get(group.name) is x:
                 return
             seen[group.name] = x
-            observe(group, x if mask is None or x.shape[:2] != mask.shape else x[mask])
+            rows = x if mask is None else _unpadded(x, mask, experts.get(group.name))
+            if len(rows):
+                observe(group, rows)
             if stop_when_all_seen and len(seen) == len(groups):
                 raise _AllSeen
 
         return hook
 
+    experts = {
+        group.name: model.get_submodule(group.members[0].rpartition(".")[0]) for group in groups if group.experts is not None
+    }
     handles = [
         model.get_submodule(member).register_forward_pre_hook(watch(group)) for group in groups for member in group.members
     ]
@@ -70,3 +76,13 @@ def observe_inputs(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _unpadded(x: Tensor, mask: Tensor, expert: nn.Module | None) -> Tensor:
+    """The rows of an input that are no padding. expert: the one that the layer is of."""
+    tokens = getattr(expert, "tokens", None)
+    if tokens is not None:
+        return x[mask.flatten()[tokens]]
+    if x.ndim > 2 and x.shape[:2] == mask.shape:
+        return x[mask]
+    return x[mask.flatten()] if x.ndim == 2 and len(x) == mask.numel() else x

@@ -132,9 +132,16 @@ def scheme_of(folder: Path, config: dict[str, Any]) -> Scheme | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(), object_hook=_special_number)
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return found
+
+
+def _special_number(value: dict[str, Any]) -> Any:
+    """Numbers that JSON lacks: transformers 5 writes infinity, the limit of a Mamba layer's time steps, as {"__float__": "Infinity"}."""
+    if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return value

@@ -20,7 +20,7 @@ from qad import kv_cache
 from qad.backbone import decoder_of
 from qad.errors import TrainingError
 
-PACKABLE = frozenset({"llama", "mistral", "nemotron", "nemotron_h", "qwen2", "qwen3", "qwen3_moe"})
+PACKABLE = frozenset({"llama", "mistral", "nemotron", "nemotron-nas", "nemotron_h", "qwen2", "qwen3", "qwen3_moe"})
 """`config.model_type` of the architectures that keep packed documents apart."""
 PACKABLE_WITH_IMAGES = frozenset({"idefics3", "internvl", "llava", "smolvlm"})
 """The same of image-text models, around a decoder that does: they hand positions on as they are, and put images in their places."""

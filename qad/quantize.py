@@ -88,7 +88,7 @@ def _tensor_scales(
     )
     if not recipe.activations:
         return weight_scale, None
-    amax = _calibrated(group.name, input_amax) * recipe.headroom
+    amax = _calibrated(group.input_name, input_amax) * recipe.headroom
     return weight_scale, tensor_scale_for(amax, power_of_two=recipe.power_of_two, largest=NVFP4_MAX if is_nvfp4 else E4M3_MAX)
 
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from qad import kv_cache
 from qad.backbone import Backbone, backbone_of, is_in
-from qad.errors import RecipeError
+from qad.errors import RecipeError, SplitError
+from qad.experts import EXPERT, expert_layers, unopened
 from qad.nvfp4 import BLOCK_SIZE
 from qad.scales import BlockScaleRule
 
@@ -25,7 +26,7 @@ ScaleRule = Literal["amax", "mse", "four_over_six", "gptq"]
 ScaleWeighting = Literal["none", "second_moment"]
 BlockScales = Literal["recomputed", "frozen", "learned"]
 
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj"), "w13": ("w1", "w3")}
 """Name of the fused layer and its members, as siblings under one parent (vLLM's names)."""
 
 
@@ -91,21 +92,32 @@ class Recipe:
 
 @dataclass(frozen=True)
 class FusedGroup:
-    """Linear layers that share tensor scales; a layer of its own is a group of one. Names are full module names."""
+    """Linear layers that share tensor scales; a layer of its own is a group of one. Names are full module names.
+
+    experts: of a group inside an expert, the name of the layer of experts.
+    """
 
     name: str
     members: tuple[str, ...]
     format: Format = "nvfp4"
+    experts: str | None = None
+
+    @property
+    def input_name(self) -> str:
+        """Under which its input is calibrated: all experts of a layer share one scale a projection, other groups have their own."""
+        return self.name if self.experts is None else f"{self.experts}.{self.name.rpartition('.')[2]}"
 
 
 @dataclass(frozen=True)
 class Targets:
     """What a recipe quantizes in a model, and what it leaves. excluded: every linear layer that stays BF16, those outside the language
-    backbone too. kv_cache: names of attention layers with an FP8 cache."""
+    backbone too. kv_cache: names of attention layers with an FP8 cache. never_linear: other modules of the backbone that hold a matrix
+    (routers, convolutions) and serving engines may build as linear layers; they stay as they are, whatever the recipe says."""
 
     groups: tuple[FusedGroup, ...]
     excluded: tuple[str, ...]
     kv_cache: tuple[str, ...] = ()
+    never_linear: tuple[str, ...] = ()
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -118,17 +130,17 @@ def match(model: nn.Module, recipe: Recipe) -> Targets:
     Raises:
         RecipeError: a pattern matches no linear layer of the backbone, a fused group is excluded in part, an input width is not a
             multiple of 16, the output head shares its weight with the embedding, the model holds experts as 3-D
-            parameters, or nothing is left to quantize.
+            parameters that `qad.experts` could not open, or nothing is left to quantize.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     backbone = backbone_of(model)
-    _refuse_expert_stacks(model, backbone)
+    _refuse_unopened_experts(model, backbone)
     names = backbone.linears
     for key, patterns in (("exclude", recipe.exclude), ("fp8", recipe.fp8)):
         _require_effect(backbone, patterns, key)
-    excluded = _matching(backbone, recipe.exclude, "exclude")
-    fp8 = _matching(backbone, recipe.fp8, "fp8")
-    both = sorted(set(excluded) & set(fp8))
+    excluded = set(_matching(backbone, recipe.exclude, "exclude"))
+    fp8 = set(_matching(backbone, recipe.fp8, "fp8"))
+    both = sorted(excluded & fp8)
     if both:
         raise RecipeError(f"{both[0]}: matched by both exclude and fp8; a layer has one format: narrow one of the patterns")
     formats: dict[str, Format] = {name: "fp8" if name in fp8 else "nvfp4" for name in names if name not in excluded}
@@ -147,29 +159,64 @@ def match(model: nn.Module, recipe: Recipe) -> Targets:
             raise RecipeError(f'{name}: shares its weight with the embedding, which stays BF16; add "{name}" to exclude')
     attention = kv_cache.attention_modules(model) if recipe.kv_cache == "fp8" else ()
     stays = {*excluded, *backbone.outside}
-    return Targets(groups_of(formats, names), tuple(name for name in linears if name in stays), attention)
+    excluded_names = tuple(name for name in linears if name in stays)
+    return Targets(groups_of(formats, names), excluded_names, attention, _never_linear(model, backbone))
 
 
 def groups_of(formats: dict[str, Format], linears: tuple[str, ...]) -> tuple[FusedGroup, ...]:
-    """Layers with their formats as fused groups; RecipeError where a group of the model's `linears` is split."""
+    """Layers with their formats as fused groups; SplitError where a group, or the experts of a layer, of the model's `linears` are split."""
     groups: dict[str, list[str]] = {}
+    siblings: dict[str, list[str]] = {}
+    known = frozenset(linears)
+    for name in linears:
+        siblings.setdefault(_group_name(name, known), []).append(name)
     for name in formats:
-        groups.setdefault(_group_name(name, linears), []).append(name)
+        groups.setdefault(_group_name(name, known), []).append(name)
     for group, members in groups.items():
-        siblings = [name for name in linears if _group_name(name, linears) == group]
-        left_out = sorted(set(siblings) - set(members))
+        left_out = sorted(set(siblings[group]) - set(members))
         if left_out:
-            raise RecipeError(
-                f"{group}: the recipe splits a fused group: {', '.join(members)} would be quantized and "
-                f"{', '.join(left_out)} not, but they share one tensor scale when served; exclude all of them or none"
+            raise SplitError(
+                group,
+                f"a fused group: {', '.join(members)} quantized and {', '.join(left_out)} not, but they share one tensor scale when served",
+                "exclude all of them or none",
             )
         if len({formats[name] for name in members}) > 1:
             listed = ", ".join(f"{name} {formats[name]}" for name in members)
-            raise RecipeError(f"{group}: the recipe splits a fused group over two formats: {listed}; give all of them one")
-    return tuple(FusedGroup(group, tuple(members), formats[members[0]]) for group, members in groups.items())
+            raise SplitError(group, f"a fused group over two formats: {listed}", "give all of them one")
+    _require_whole_experts(formats, linears)
+    experts = {name: match["layer"] for name in groups if (match := EXPERT.match(name))}
+    return tuple(
+        FusedGroup(group, tuple(members), formats[members[0]], experts.get(group)) for group, members in groups.items()
+    )
 
 
-def _group_name(name: str, linears: tuple[str, ...]) -> str:
+def _require_whole_experts(formats: dict[str, Format], linears: tuple[str, ...]) -> None:
+    for layer, members in expert_layers(linears).items():
+        found = {formats.get(name) for name in members}
+        if len(found) > 1:
+            listed = "; ".join(
+                f"{next(n for n in members if formats.get(n) == each)} {each or 'bf16'}" for each in sorted(found, key=str)
+            )
+            raise SplitError(
+                layer,
+                f"the experts of a layer: {listed}",
+                f'engines serve them as one: give all of them one format, or exclude "{layer}.*"',
+            )
+
+
+def _never_linear(model: nn.Module, backbone: Backbone) -> tuple[str, ...]:
+    """Modules of the decoder with a matrix of their own that are neither linear layers nor embeddings."""
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if is_in(name, backbone.decoder)
+        and not isinstance(module, (nn.Linear, nn.Embedding))
+        and isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+        and weight.ndim > 1
+    )
+
+
+def _group_name(name: str, linears: frozenset[str]) -> str:
     parent, _, leaf = name.rpartition(".")
     prefix = f"{parent}." if parent else ""
     for fused, leaves in FUSED.items():
@@ -202,13 +249,10 @@ def _require_effect(backbone: Backbone, patterns: tuple[str, ...], key: str) -> 
             )
 
 
-def _refuse_expert_stacks(model: nn.Module, backbone: Backbone) -> None:
-    for module_name, module in model.named_modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or not is_in(module_name, backbone.decoder):
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3:
-                raise RecipeError(
-                    f"{module_name}.{name}: experts held as a 3-D parameter {tuple(parameter.shape)} are not available in "
-                    "this version, and skipping them would call a mostly unquantized model NVFP4"
-                )
+def _refuse_unopened_experts(model: nn.Module, backbone: Backbone) -> None:
+    for name, reason in unopened(model).items():
+        if is_in(name, backbone.decoder):
+            raise RecipeError(
+                f"{name}: experts held as 3-D parameters of a kind that is not available in this version ({reason}), and skipping them "
+                "would call a mostly unquantized model NVFP4; compare such a model as it is, or a checkpoint of it made elsewhere"
+            )

@@ -34,7 +34,10 @@ def stored_layers(model: Any) -> dict[str, str]:
 
 
 def loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """The names in `model` of tensors that files call `stored`; what it has no place for keeps some name."""
+    """The names in `model` of tensors that files call `stored`; what it has no place for keeps some name.
+
+    Converters make stacks of experts: where these are opened, renaming alone finds the place of each.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -43,12 +46,11 @@ def loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     own = model.state_dict()
     prefix = model.base_model_prefix
+    attempts: tuple[tuple[list[Any], list[Any]], ...] = ((renamings, converters), (renamings, []), ([], []))
     found = {}
     for name in sorted(stored, key=dot_natural_key):
-        renamed, _ = rename_source_key(name, renamings, converters, prefix, own)
-        if renamed not in own and name in own:
-            renamed, _ = rename_source_key(name, [], [], prefix, own)
-        found[name] = renamed
+        renamed = [rename_source_key(name, *attempt, prefix, own)[0] for attempt in attempts]
+        found[name] = next((each for each in renamed if each in own), renamed[0])
     return found
 
 

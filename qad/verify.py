@@ -20,6 +20,7 @@ import torch
 
 from qad.architecture import Architecture, architecture_of
 from qad.errors import CheckpointError
+from qad.experts import EXPERT, expert_layers, unopened
 from qad.layouts import CACHE_NAMES, NAMES, Names, Scheme, disagreements
 from qad.nvfp4 import BLOCK_SIZE
 from qad.packed import layer_names, read_config, scheme_of
@@ -29,7 +30,6 @@ from qad.tensor_files import TensorFiles, broken_files
 ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "dense_4h_to_h", "c_proj", "w2", "fc2")
 """Layers whose input width tensor parallelism cuts (vLLM's RowParallelLinear); the others are cut along their outputs."""
 _FLOATS = ("BF16", "F16", "F32")
-_EXPERT = re.compile(r"^(?P<layer>.+\.experts)\.(?P<index>\d+)\.(?P<projection>[^.]+)$")
 _GATE_UP = ({"gate_proj", "up_proj"}, {"w1", "w3"})
 
 
@@ -119,9 +119,9 @@ class _Checks:
     @cached_property
     def linears(self) -> tuple[str, ...]:
         """Names of the linear layers, experts of their own included."""
-        experts = {name for name in self.found if _EXPERT.match(name)}
         if self.architecture is not None:
-            return (*self.architecture.linears, *sorted(experts))
+            experts = sorted(name for name in self.found if EXPERT.match(name))
+            return tuple(dict.fromkeys((*self.architecture.linears, *experts)))
         plain = [
             key.removesuffix(".weight")
             for key in self.files.where
@@ -182,13 +182,17 @@ class _Checks:
                 self._add(f"{name}: the config says {said} but it has {has} input scale")
         own = {} if self.architecture is None else self.architecture.linears
         for name in self.linears:
-            if name not in self.found and self.scheme.group_of(name, own.get(name, name)) is not None:
+            if (
+                name not in self.found
+                and not self._is_missing_expert(name)
+                and self.scheme.group_of(name, own.get(name, name)) is not None
+            ):
                 self._add(f"{name}: is neither quantized nor excluded: the config says that it is packed, its tensor is not")
         modules = {key.rpartition(".")[0] for key in self.files.where}
         if self.architecture is not None:
             modules |= {name for name, _ in self.architecture.model.named_modules() if name} | set(self.linears)
         for pattern in self.scheme.ignored:
-            if not any(self.scheme.is_match(pattern, name) for name in modules):
+            if pattern not in modules and not any(self.scheme.is_match(pattern, name) for name in modules):
                 self._add(f'excluded name "{pattern}" matches nothing in the checkpoint: is it misspelt, or of another model?')
 
     def fused_groups(self) -> None:
@@ -197,7 +201,7 @@ class _Checks:
         for name in self.linears:
             parent, _, leaf = name.rpartition(".")
             for fused, leaves in FUSED.items():
-                if leaf in leaves and not _EXPERT.match(name):
+                if leaf in leaves and not EXPERT.match(name):
                     groups[f"{parent}.{fused}"].append(name)
         for group, members in groups.items():
             packed = [name for name in members if name in self.found]
@@ -214,33 +218,37 @@ class _Checks:
         """Every expert has every projection; inputs of a projection share one scale, gate and up one weight scale."""
         layers: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
         for name in self.found:
-            match = _EXPERT.match(name)
+            match = EXPERT.match(name)
             if match:
                 layers[match["layer"]][int(match["index"])].add(match["projection"])
-        for name, module in self.architecture.model.named_modules() if self.architecture is not None else ():
-            is_stack = name.endswith(".experts") and any(p.ndim == 3 for p in module.parameters(recurse=False))
-            if (
-                is_stack
-                and self.scheme.group_of(f"{name}.0.up_proj")
-                and not any(k.startswith(f"{name}.") for k in self.files.where)
-            ):
-                self._add(f"{name}: missing experts: the architecture has them, the files have none")
+        known = expert_layers(self.architecture.linears) if self.architecture is not None else {}
         stated = next(
             (self.config[k] for k in ("num_experts", "num_local_experts", "n_routed_experts") if self.config.get(k)), None
         )
+        for layer in dict.fromkeys((*known, *layers)):
+            packed = dict.fromkeys(f"{i}.{p}" for i, own in sorted(layers[layer].items()) for p in sorted(own))
+            projections = sorted(set().union(*layers[layer].values()))
+            count = max(stated or 0, max(layers[layer], default=0) + 1)
+            needed = [name.removeprefix(f"{layer}.") for name in known.get(layer, ())]
+            needed = needed or [f"{i}.{p}" for i in range(count) for p in projections]
+            plain = [part for part in needed if part not in packed and f"{layer}.{part}.weight" in self.files.where]
+            missing = [part for part in needed if part not in packed and f"{layer}.{part}.weight" not in self.files.where]
+            for what, found in (
+                ("missing experts", missing if len(missing) < len(needed) else ["all of them"]),
+                ("experts quantized in part, though engines serve them as one; not quantized are", plain if packed else []),
+                ("experts that the architecture does not have", sorted(set(packed) - set(needed))),
+            ):
+                if found:
+                    self._add(f"{layer}: {what}: {', '.join(found[:5])}" + (f" and {len(found) - 5} more" if found[5:] else ""))
         for layer, experts in layers.items():
-            count = max(stated or 0, max(experts) + 1)
             projections = sorted(set().union(*experts.values()))
-            missing = [f"{i}.{p}" for i in range(count) for p in projections if p not in experts.get(i, set())]
-            if missing:
-                more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-                self._add(
-                    f"{layer}: missing experts: {', '.join(missing[:5])}{more}; of {count} experts each needs {', '.join(projections)}"
-                )
             for shared in [{p} for p in projections if not any(p in pair for pair in _GATE_UP)] + list(_GATE_UP):
                 members = [f"{layer}.{i}.{p}" for i in sorted(experts) for p in sorted(shared & experts[i])]
                 self._require_one(
-                    f"{layer}.*.{'/'.join(sorted(shared))}", members, "input_scale", "input scales across its experts"
+                    f"{layer}.*.{'/'.join(sorted(shared & set(projections)))}",
+                    members,
+                    "input_scale",
+                    "input scales across its experts",
                 )
             for pair in _GATE_UP:
                 for index in sorted(experts):
@@ -272,9 +280,10 @@ class _Checks:
         expected = self.architecture.shapes
         stored = set(self.files.where)
         tied = self.architecture.tied
+        stacks = tuple(f"{name}." for name in unopened(self.architecture.model))
         for key, shape in expected.items():
             name = key.removesuffix(".weight")
-            if ".experts." in key or len(shape) == 3:
+            if key.startswith(stacks) or self._is_missing_expert(name):
                 continue
             if name in self.found and key.endswith(".weight"):
                 actual = (self.found[name].out_features, self.found[name].in_features)
@@ -287,7 +296,7 @@ class _Checks:
             elif key in stored and self.files.dtype(key) not in _FLOATS and self.architecture.are_floats[key]:
                 self._add(f"{key}: is {self.files.dtype(key)}; what is not packed is {', '.join(_FLOATS)}")
         for key in sorted(stored - self.packed - set(expected)):
-            if ".experts." not in key and not key.endswith("rotary_emb.inv_freq") and not self._is_scale(key):
+            if not key.startswith(stacks) and not key.endswith("rotary_emb.inv_freq") and not self._is_scale(key):
                 self._add(f"{key}: left over; {type(self.architecture.model).__name__} has no such tensor")
 
     def parallel(self, count: int) -> None:
@@ -375,6 +384,10 @@ class _Checks:
         if len(set(known.values())) > 1:
             listed = ", ".join(f"{name.rpartition('.')[2]} {value:g}" for name, value in list(known.items())[:4])
             self._add(f"{group}: unequal {what} ({listed}): engines take one of them and decode the others wrongly")
+
+    def _is_missing_expert(self, name: str) -> bool:
+        """Whether a linear layer is of an expert that the files have nothing of, which `experts` says."""
+        return EXPERT.match(name) is not None and name not in self.found and f"{name}.weight" not in self.files.where
 
     def _is_scale(self, key: str) -> bool:
         return key.endswith((self.names.block_scale, self.names.tensor_scale))

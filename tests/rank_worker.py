@@ -11,7 +11,14 @@ from pathlib import Path
 
 import torch
 from training_checks import Recorder, batches_for, inputs_of, settings
-from transformers import Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from qad import ranks
 from qad.batch import Batch
@@ -19,6 +26,7 @@ from qad.calibrate import calibrate
 from qad.candidates import Candidates
 from qad.distill import train
 from qad.errors import Interrupted, TrainingError
+from qad.experts import open_experts
 from qad.losses import Objective
 from qad.modules import encoding_digest
 from qad.quantize import quantize_model
@@ -54,6 +62,8 @@ CASES = {
     "resumed": {"train": "all", "n_steps": 10, "resume": True},
     "nan": {"nan": True},
     "adafactor": {"optimizer": "adafactor"},
+    "experts": {"has_experts": True, "recipe": Recipe(), "n_steps": 10},
+    "experts_all": {"has_experts": True, "train": "all", "activation_checkpointing": True, "n_steps": 10},
     "images": {"sees": True, "recipe": Recipe()},
     "images_all": {"sees": True, "train": "all", "activation_checkpointing": True, "n_steps": 10},
 }
@@ -62,7 +72,12 @@ CASES = {
 IMAGE = VOCABULARY - 1
 
 
-def model(tied, sees):
+def model(tied, sees, has_experts):
+    if has_experts:  # more than the few tokens of a row reach: ranks route to different ones
+        experts = {"num_experts": 64, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "head_dim": 16}
+        mixed = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(SIZES | experts | {"tie_word_embeddings": False})))
+        open_experts(mixed)
+        return mixed
     config = LlamaConfig(**(SIZES | {"tie_word_embeddings": tied}))
     if not sees:
         return LlamaForCausalLM(config)
@@ -89,10 +104,10 @@ def seeing(batch, generator):
     return Batch(ids, batch.attention_mask, batch.loss_mask, None, {"pixel_values": pixels}, ids == IMAGE)
 
 
-def models(dtype, recipe, tied, sees):
+def models(dtype, recipe, tied, sees, has_experts=False):
     """Teacher and quantized student, the same in every process; its modules, and batches of three rows."""
     torch.manual_seed(0)
-    teacher = model(tied, sees).to(torch.bfloat16).to(dtype).eval()
+    teacher = model(tied, sees, has_experts).to(torch.bfloat16).to(dtype).eval()
     student = copy.deepcopy(teacher)
     batches = batches_for(60, vocabulary=VOCABULARY, length=24, rows=3)
     if sees:
@@ -135,11 +150,12 @@ def run_case(
     split=rows_of,
     tied=True,
     sees=False,
+    has_experts=False,
     keep=None,
     **given,
 ):
     """Train as `name` says: losses, gradient norms, validations, shapes of the snapshot and of the `keep` candidates, or the error."""
-    teacher, student, modules, batches = models(dtype, recipe, tied, sees)
+    teacher, student, modules, batches = models(dtype, recipe, tied, sees, has_experts)
     if nan:
         batches[4].input_ids[1, 3] = 7
         for batch in (*batches[:4], *batches[5:]):

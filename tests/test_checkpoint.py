@@ -127,6 +127,7 @@ PREFIX = "model.layers.0.self_attn.q_proj"
     [
         (drop(f"{PREFIX}.weight_scale"), "q_proj is packed but .*q_proj.weight_scale is missing"),
         (drop("model.norm.weight"), "do not fit LlamaForCausalLM.*model.norm.weight"),
+        (replace("model.norm.weight", lambda t: t[:-1]), "do not fit LlamaForCausalLM.*mismatched_keys.*model.norm.weight"),
         (replace(f"{PREFIX}.weight_scale", lambda t: t.float().to(torch.float8_e5m2)), "NVFP4 needs float8_e4m3fn"),
         (replace(f"{PREFIX}.weight_scale_2", lambda t: t * 0), "weight_scale_2 is 0; a scale is positive and finite"),
         (replace(f"{PREFIX}.weight_scale_2", lambda t: t * 2), "qkv_proj: its members have different tensor scales"),

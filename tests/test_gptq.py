@@ -216,6 +216,19 @@ def test_hessians_stay_within_their_memory_in_the_models_order_and_later_ones_se
     assert runs[1][2] != runs[1 << 30][2]
 
 
+def test_more_passes_over_the_batches_than_are_allowed_are_refused_before_the_first(tiny_model, monkeypatch):
+    _, student, modules, _ = quantized(tiny_model, Recipe())
+    groups = match(load_checkpoint(tiny_model).model, FROZEN["gptq"]).groups
+    before = encoding_digest(modules)
+    monkeypatch.setattr(gptq, "MOST_PASSES", 7)
+    monkeypatch.setattr(gptq, "_hessians", lambda *given: pytest.fail("a pass was begun"))
+    with pytest.raises(
+        CalibrationError, match=r"would take 8 passes .*at most 7 are allowed: choose another scale_rule .*exclude"
+    ):
+        gptq.refine(student, groups, modules, [], hessian_bytes=1)
+    assert encoding_digest(modules) == before
+
+
 @pytest.mark.parametrize("activations", [True, False])
 def test_a_hessian_is_the_sum_over_what_serving_multiplies_by_without_padding(tiny_model, activations):
     recipe = Recipe(scale_rule="gptq", block_scales="frozen", activations=activations)

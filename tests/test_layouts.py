@@ -51,6 +51,7 @@ RECIPES = {
     "amax scales": Recipe(power_of_two=False),
     "w4a16": Recipe(activations=False),
     "mixed fp8": Recipe(fp8=("*.down_proj",)),
+    "fused groups in fp8": Recipe(fp8=("*.self_attn.[qkv]_proj", "*.gate_proj", "*.up_proj")),
     "fp8 kv cache": Recipe(kv_cache="fp8"),
 }
 

@@ -59,6 +59,8 @@ AT_TWO = [
     "resumed",
     "nan",
     "adafactor",
+    "experts",
+    "experts_all",
     "images",
     "images_all",
 ]
@@ -110,7 +112,21 @@ def require_same_run(found, expected, tolerance=OVER_20_STEPS):
 
 
 @pytest.mark.parametrize(
-    "name", ["quantized", "all", "learned", "scales", "w4a4", "fp8", "ce", "checkpointing", "images", "images_all"]
+    "name",
+    [
+        "quantized",
+        "all",
+        "learned",
+        "scales",
+        "w4a4",
+        "fp8",
+        "ce",
+        "checkpointing",
+        "images",
+        "images_all",
+        "experts",
+        "experts_all",
+    ],
 )
 def test_two_ranks_find_the_losses_of_one(two, alone, name):
     require_same_run(two[0][name], alone(name))

@@ -71,7 +71,9 @@ def test_experts_as_a_3d_parameter_are_refused_and_a_convolution_is_not_mistaken
     match(model, Recipe())
     model.experts = nn.Module()
     model.experts.up_proj = nn.Parameter(torch.zeros(4, 32, 32))
-    with pytest.raises(RecipeError, match=r"experts\.up_proj: experts held as a 3-D parameter \(4, 32, 32\)"):
+    with pytest.raises(
+        RecipeError, match=r"experts: experts held as 3-D parameters of a kind .* \(Module: holds 3-D parameters and is no"
+    ):
         match(model, Recipe())
 
 
