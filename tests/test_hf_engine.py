@@ -3,13 +3,17 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
+from harness import loading
 from harness.engines import Request, Sampling
-from harness.engines.hf import HfEngine
+from harness.engines.hf import MERGED_INPUTS, HfEngine
+from harness.stages import Workbench
+from harness.table_notes import FLAGS
 from qad.checkpoint import load_checkpoint
 
 GREEDY = Sampling(max_tokens=12, until=())
@@ -101,3 +105,21 @@ def test_what_a_loaded_model_says_of_generation_changes_nothing(engine, tiny_mod
     batch = batch_of(tiny_tokenizer, sampling)
     hostile = HfEngine(loaded, tiny_tokenizer, eos_ids={1}, args={"batch_size": 4})
     assert tokens_of(hostile, batch) == tokens_of(engine, batch)
+
+
+def test_merged_input_scales_are_said_when_a_checkpoint_is_read_and_marked_in_every_row(
+    tiny_model, tiny_tokenizer, monkeypatch
+):
+    loaded = dataclasses.replace(load_checkpoint(tiny_model), merged_inputs=("a.experts.up_proj", "b.experts.up_proj", "c"))
+    monkeypatch.setattr(loading, "load_model", lambda *args, **options: loaded)
+    said = []
+    bench = SimpleNamespace(
+        plan=SimpleNamespace(suite=SimpleNamespace(model=SimpleNamespace(trust_remote_code=False))),
+        reporter=SimpleNamespace(say=said.append),
+    )
+    assert Workbench._read(bench, tiny_model, torch.device("cpu")) is loaded
+    assert len(said) == 1 and "a.experts.up_proj, b.experts.up_proj and 1 more: several input scales" in said[0]
+    engine = HfEngine(loaded, tiny_tokenizer, eos_ids={1}, args={})
+    assert engine.flags == (MERGED_INPUTS,) and MERGED_INPUTS in FLAGS
+    assert engine_of(tiny_model, tiny_tokenizer).flags == ()
+    assert loading.notes_of(load_checkpoint(tiny_model)) == []

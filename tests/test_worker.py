@@ -366,7 +366,14 @@ def test_a_setting_that_vllm_changed_by_itself_ends_the_engine(served):
             {"model.layers.0.mlp.experts.3.up_proj.weight": "U8"},
             {"quantization_config": QUANTIZED},
             {},
-            r"experts\.3\.up_proj\.weight: quantized experts are not served",
+            r'experts\.3\.up_proj\.weight: vLLM on a CPU has no kernel for NVFP4 experts; .*engine.kind = "hf".* a CUDA GPU',
+        ),
+        (
+            "native",
+            {"model.layers.0.mlp.experts.3.up_proj.weight": "F8_E4M3"},
+            {"quantization_config": QUANTIZED},
+            {},
+            r"experts\.3\.up_proj\.weight: FP8 experts are not served .* allowed are experts in NVFP4 or BF16",
         ),
         (
             "w4a4_emulation",
@@ -377,7 +384,7 @@ def test_a_setting_that_vllm_changed_by_itself_ends_the_engine(served):
         ),
         (None, {}, {"hidden_size": 64}, {}, "attention heads of size 16; vLLM on a CPU takes 32, 64"),
         (None, {}, {"head_dim": 80}, {"kv_cache_dtype": "fp8"}, "FP8 KV cache on a CPU needs .* found 80"),
-        (None, {}, {"auto_map": {"AutoConfig": "x.Y"}}, {}, "asks for remote code, which this engine does not run"),
+        (None, {}, {"auto_map": {"AutoConfig": "x.Y"}}, {}, "asks for remote code .*trust_remote_code = true"),
         (None, {}, {}, {"tensor_parallel_size": 2}, "tensor_parallel_size: found 2; on a CPU allowed: 1"),
         (None, {}, {}, {"data_parallel_size": 2}, "data_parallel_size: found 2; on a CPU allowed: 1"),
         (
@@ -394,8 +401,18 @@ def test_what_cannot_be_served_is_refused_before_loading(served_folder, kernels,
         require_servable(served_folder(tensors, **config), kernels=kernels, args=args)
 
 
+def test_code_beside_a_checkpoint_is_for_vllm_to_run_only_where_it_is_trusted_and_needed(served_folder):
+    assert "trust_remote_code" not in vllm_options(served_folder({}), kernels=None, args={}, trust_remote_code=True)
+    folder = served_folder({}, auto_map={"AutoConfig": "x.Y"})
+    require_servable(folder, kernels=None, args={}, trust_remote_code=True)
+    assert vllm_options(folder, kernels=None, args={}, trust_remote_code=True)["trust_remote_code"] is True
+    assert "trust_remote_code" not in vllm_options(folder, kernels=None, args={})
+    require_servable(served_folder({}, auto_map={"AutoConfig": "x.Y"}, model_type="nemotron_h"), kernels=None, args={})
+
+
 def test_bf16_experts_beside_quantized_layers_are_served(served_folder):
-    folder = served_folder({"model.layers.0.mlp.experts.3.up_proj.weight": "BF16"}, quantization_config=QUANTIZED)
+    experts = {f"model.layers.0.mlp.experts.3.{part}_proj.weight": "BF16" for part in ("gate", "up", "down")}
+    folder = served_folder(experts, quantization_config=QUANTIZED)
     require_servable(folder, kernels="w4a4_emulation", args={})
 
 

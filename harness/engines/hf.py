@@ -43,6 +43,10 @@ def context_length(config: Any) -> int:
     return int(found)
 
 
+MERGED_INPUTS = "merged input scales"
+"""What a row's flags say where the experts of a layer have several input scales and the largest computed, as in vLLM."""
+
+
 class HfEngine:
     """Answers with a loaded checkpoint. Batches are of equal kind and sampling, sorted by length.
 
@@ -50,7 +54,6 @@ class HfEngine:
     """
 
     answers_depend_on_batch = True
-    flags: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class HfEngine:
         self.model.generation_config = GenerationConfig()  # transformers takes from it what a request leaves open
         self.kernels = loaded.kernels
         self.backend: str | None = loaded.backend
+        self.flags: tuple[str, ...] = (MERGED_INPUTS,) if loaded.merged_inputs else ()
         self.tokenizer = tokenizer
         self.eos_ids = frozenset(eos_ids)
         self.context_length = context_length(self.model.config)

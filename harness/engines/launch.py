@@ -116,8 +116,8 @@ def vllm_serve(options: dict[str, Any]) -> list[str]:
     ]
 
 
-def require_plugin(asked: str | None, *, has_images: bool = False) -> None:
-    """EngineError if kernels or image processors of ours are needed and vLLM's processes would not find them."""
+def require_plugin(asked: str | None, *, has_images: bool = False, has_blocks: bool = False) -> None:
+    """EngineError if kernels, image processors or configurations of ours are needed and vLLM's processes would not find them."""
     found = [point.value for point in entry_points(group="vllm.general_plugins")]
     if f"{register.__module__}:{register.__name__}" in found:
         return
@@ -125,6 +125,8 @@ def require_plugin(asked: str | None, *, has_images: bool = False) -> None:
         needed = f"engine.kernels: {asked} is ours"
     elif has_images and importlib.util.find_spec("torchvision") is None:
         needed = "the image processors that do without torchvision are ours"
+    elif has_blocks:
+        needed = "what reads the configuration of a DeciLM model is ours"
     else:
         return
     raise EngineError(
@@ -133,9 +135,9 @@ def require_plugin(asked: str | None, *, has_images: bool = False) -> None:
     )
 
 
-def server_environment(asked: str | None, *, has_images: bool) -> dict[str, str]:
+def server_environment(asked: str | None, **needs: bool) -> dict[str, str]:
     """The variables of a server of ours; those that shape the vllm engine's one process are left out."""
-    kept = worker_environment(asked, has_images=has_images)
+    kept = worker_environment(asked, **needs)
     return {
         key: kept[key] for key in kept if key not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_ALLOW_INSECURE_SERIALIZATION")
     }

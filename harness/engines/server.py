@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from harness.engines import RENDERING_UNVERIFIED, Failure, Outcome, Request, Sampling, chat, kernel_report
+from harness.engines.asked import asked_kernels, computed_with, require_kernels
 from harness.engines.completions import Completions, Unanswered
 from harness.engines.exchange import Reply, answer_of, body_of, likelihood_of, read_reply
 from harness.engines.fingerprint import PROMPTS, TOP, Fingerprint, Reading
 from harness.engines.launch import Launched, require_plugin, server_environment, vllm_serve, wait_between_looks
-from harness.engines.vllm import asked_kernels, require_kernels, require_servable, takes_images, vllm_options
+from harness.engines.vllm import needs_of, require_servable, takes_images, vllm_options
 from harness.errors import EngineError
 from harness.models import text_config_with_defaults
 from harness.numerics import versions
@@ -51,6 +52,7 @@ class ServerEngine:
         kernels, args: as in a suite's [engine].
         launch: how to start a server; None for vLLM's own. Not looked at where an `endpoint` is given.
         records: folder for the fingerprints of endpoints, beside the journals.
+        trust_remote_code: as of the vllm engine, of a server of vLLM that is started here.
         sleep: what waits between attempts.
     Raises:
         EngineError: no server, no such model, other kernels than asked for, or another fingerprint than at first contact.
@@ -72,9 +74,11 @@ class ServerEngine:
         records: Path | None = None,
         launch: Launch | None = None,
         endpoint: Endpoint | None = None,
+        trust_remote_code: bool = False,
         sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
     ) -> None:
         self.folder, self.tokenizer, self.eos_ids = folder, tokenizer, frozenset(eos_ids)
+        self._trusts = trust_remote_code
         self.concurrency = int(args.get("concurrency", DEFAULT_CONCURRENCY))
         self._connected = functools.partial(
             Completions,
@@ -172,12 +176,12 @@ class ServerEngine:
     def _launch(self, launch: Launch, kernels: str | None, args: dict[str, Any]) -> None:
         """Start a server from the folder and learn what it serves."""
         is_vllm = launch.command is None
-        asked = asked_kernels(self.folder, kernels=kernels, args=args)
-        about: dict[str, Any] = {"command": list(launch.command or ("vllm serve",)), "asked_kernels": asked["linear"]}
+        asked, computed = asked_kernels(self.folder, kernels=kernels, args=args), computed_with(self.folder, kernels)
+        about: dict[str, Any] = {"command": list(launch.command or ("vllm serve",)), "asked_kernels": computed}
         if is_vllm:
-            require_servable(self.folder, kernels=kernels, args=args)
-            require_plugin(asked["linear"], has_images=takes_images(self.folder))
-            options = vllm_options(self.folder, kernels=asked["linear"], args=args)
+            require_servable(self.folder, kernels=kernels, args=args, trust_remote_code=self._trusts)
+            require_plugin(computed, **needs_of(self.folder))
+            options = vllm_options(self.folder, kernels=computed, args=args, trust_remote_code=self._trusts)
             options |= {
                 key: args[key] for key in ("data_parallel_size",) if key in args
             }  # the vllm engine has processes of its own
@@ -185,7 +189,7 @@ class ServerEngine:
             about |= {"engine_packages": package_versions(VLLM_PACKAGES)}
             args = options
         command = launch.command or tuple(vllm_serve(args))
-        environment = server_environment(asked["linear"], has_images=takes_images(self.folder))
+        environment = server_environment(computed, **needs_of(self.folder))
         self._launched = Launched(command, self.folder, environment=environment, startup_s=launch.startup_s)
         self._client = self._connected(self._launched.url)
         listed = self._wait_until_ready(self._launched)

@@ -6,14 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness import loading
+from harness.engines.experts import refusal
 from harness.engines.hf import HfEngine
 from harness.engines.launch import require_plugin
 from harness.engines.server import ServerEngine, key_of
 from harness.engines.vllm import (
     VllmEngine,
+    needs_of,
     require_architecture,
     require_servable,
-    takes_images,
+    serves_on_cpu,
     vllm_options,
 )
 from harness.models import text_config_with_defaults
@@ -21,7 +23,9 @@ from harness.processor import load_processor
 from harness.schema import Engine
 from harness.schema_server import Endpoint
 from qad.checkpoint import Loaded
+from qad.experts import EXPERT
 from qad.packed import read_config
+from qad.recipe import Targets
 
 
 class Serving:
@@ -30,7 +34,7 @@ class Serving:
     Args:
         endpoints: the servers that the variants name, in place of those that kind "server" would start.
         records: folder for what is known of those servers, beside the journals.
-        trust_remote_code: run the Python files of a model's folder for its tokenizer and processor.
+        trust_remote_code: run the Python files of a model's folder, in this process for its tokenizer and processor and in vLLM's.
     """
 
     def __init__(
@@ -49,10 +53,16 @@ class Serving:
         for endpoint in self.endpoints:
             key_of(endpoint)
         if self._is_vllm and self.section.kind == "server":
-            require_plugin(self.section.kernels, has_images=takes_images(folder))
+            require_plugin(self.section.kernels, **needs_of(folder))
         if self._is_vllm:
-            require_servable(folder, kernels=self.section.kernels, args=self.section.args)
+            require_servable(folder, kernels=self.section.kernels, args=self.section.args, trust_remote_code=self.trusts)
             require_architecture(folder)
+
+    def require_layers(self, variant: str, targets: Targets) -> None:
+        """EngineError if the engine cannot compute what a recipe quantizes of a variant, which has yet to be made."""
+        experts = [name for group in targets.groups for name in group.members if group.format == "nvfp4" and EXPERT.match(name)]
+        if experts and self._is_vllm and serves_on_cpu():
+            raise refusal(f"variant {variant}: {experts[0]}")
 
     @property
     def _is_vllm(self) -> bool:
@@ -99,7 +109,14 @@ class Serving:
         self.close()
         engine: VllmEngine | ServerEngine
         if section.kind == "vllm":
-            engine = VllmEngine(folder, tokenizer, eos_ids=eos_ids, kernels=section.kernels, args=section.args)
+            engine = VllmEngine(
+                folder,
+                tokenizer,
+                eos_ids=eos_ids,
+                kernels=section.kernels,
+                args=section.args,
+                trust_remote_code=self.trusts,
+            )
         else:
             engine = ServerEngine(
                 folder,
@@ -111,6 +128,7 @@ class Serving:
                 records=self.records,
                 launch=section.launch,
                 endpoint=endpoint,
+                trust_remote_code=self.trusts,
             )
         self._served = ((key, endpoint), engine)
         return engine

@@ -11,12 +11,24 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from harness.engines import Answer, Likelihood, Outcome, Request
+from harness.engines.asked import (
+    asked_cache,
+    asked_kernels,
+    computed_with,
+    config_of,
+    require_kernels,
+    require_settings,
+    scheme_in,
+    types_in,
+)
+from harness.engines.decilm import is_decilm, require_decilm
+from harness.engines.experts import BACKENDS, experts_option, require_experts, require_plain_experts
 from harness.engines.hf import read_answer
 from harness.engines.worker import Worker, stream
 from harness.errors import EngineError
@@ -24,12 +36,9 @@ from harness.images import Image
 from harness.models import has_vision, text_config_with_defaults
 from harness.numerics import versions
 from harness.provenance import VLLM_PACKAGES, gpu_count, package_versions, vllm_device_kind
-from qad.errors import CheckpointError
-from qad.footprint import tensor_types
-from qad.layouts import Scheme
-from qad.packed import read_config, scheme_of
+from qad.building import runs_remote_code
 from qad.vllm_plugin import CHOICES as OURS
-from qad.vllm_plugin import IMAGES, VARIABLE
+from qad.vllm_plugin import DECILM, IMAGES, VARIABLE
 
 VERSION = 2
 KERNELS = ("native", "w4a4_emulation", "w4a16")
@@ -63,6 +72,7 @@ class VllmEngine:
     Args:
         kernels: one of KERNELS for a quantized checkpoint; not looked at for a BF16 one.
         args: as in a suite's engine.args.
+        trust_remote_code: vLLM may run the Python files of the folder, for its configuration and its processor.
     Raises:
         EngineError: vLLM is not installed, cannot serve this checkpoint here, or loads other kernels than asked for.
     """
@@ -71,14 +81,23 @@ class VllmEngine:
     backend: str | None = None
     flags: tuple[str, ...] = ()
 
-    def __init__(self, folder: Path, tokenizer: Any, *, eos_ids: set[int], kernels: str | None, args: dict[str, Any]) -> None:
-        require_servable(folder, kernels=kernels, args=args)
-        asked = asked_kernels(folder, kernels=kernels, args=args)
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Any,
+        *,
+        eos_ids: set[int],
+        kernels: str | None,
+        args: dict[str, Any],
+        trust_remote_code: bool = False,
+    ) -> None:
+        require_servable(folder, kernels=kernels, args=args, trust_remote_code=trust_remote_code)
+        asked, kernels = asked_kernels(folder, kernels=kernels, args=args), computed_with(folder, kernels)
         self.tokenizer, self.eos_ids = tokenizer, frozenset(eos_ids)
-        self.options = vllm_options(folder, kernels=asked["linear"], args=args)
+        self.options = vllm_options(folder, kernels=kernels, args=args, trust_remote_code=trust_remote_code)
         self.context_length = self.options["max_model_len"] - 1  # a likelihood request generates one token, which is dropped
         self.workers = [
-            Worker(worker_command(), worker_environment(asked["linear"], has_images=takes_images(folder)) | devices)
+            Worker(worker_command(), worker_environment(kernels, **needs_of(folder)) | devices)
             for devices in worker_devices(self.options, args)
         ]
         try:
@@ -98,7 +117,7 @@ class VllmEngine:
             "engine": "vllm",
             "version": VERSION,
             "numerics_vllm": versions()["vllm"],
-            "asked_kernels": asked["linear"],
+            "asked_kernels": kernels,
             "options": self.options,
             "data_parallel_size": len(self.workers),
             "vllm": loaded["vllm"],
@@ -174,10 +193,20 @@ def worker_command() -> list[str]:
     return [sys.executable, "-m", "harness.engines.vllm_worker"]
 
 
-def worker_environment(asked: str | None, *, has_images: bool = False) -> dict[str, str]:
-    """The variables of that process: one engine core inside it, no network, our kernels where they are asked for, and image processors
-    that do without torchvision where the model takes images."""
-    return _ENVIRONMENT | {VARIABLE: asked if asked in OURS else "", IMAGES: "1" if has_images else ""}
+def worker_environment(asked: str | None, *, has_images: bool = False, has_blocks: bool = False) -> dict[str, str]:
+    """The variables of that process: one engine core inside it, no network, our kernels where they are asked for, image processors
+    that do without torchvision where the model takes images, and our reader of a DeciLM's blocks where it has them."""
+    needed = {IMAGES: has_images, DECILM: has_blocks}
+    return (
+        _ENVIRONMENT
+        | {VARIABLE: asked if asked in OURS else ""}
+        | {name: "1" if is_on else "" for name, is_on in needed.items()}
+    )
+
+
+def needs_of(folder: Path) -> dict[str, bool]:
+    """What the processes that serve the model in `folder` need beside kernels, as `worker_environment` takes it."""
+    return {"has_images": takes_images(folder), "has_blocks": is_decilm(config_of(folder))}
 
 
 def worker_devices(options: dict[str, Any], args: dict[str, Any]) -> list[dict[str, str]]:
@@ -193,6 +222,11 @@ def worker_devices(options: dict[str, Any], args: dict[str, Any]) -> list[dict[s
             f"{len(gpus)}; allowed are products up to that number (CUDA_VISIBLE_DEVICES is {named!r})"
         )
     return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each : (i + 1) * each])} for i in range(n_copies)]
+
+
+def serves_on_cpu() -> bool:
+    """Whether vLLM here computes on a CPU."""
+    return vllm_device_kind().startswith("cpu")
 
 
 def require_vllm() -> None:
@@ -213,7 +247,7 @@ def require_architecture(folder: Path) -> None:
 
 
 def _require_architecture(worker: Worker, folder: Path) -> None:
-    names = list(_config(folder).get("architectures") or ())
+    names = list(config_of(folder).get("architectures") or ())
     found = worker.ask({"do": "architecture", "names": names})
     if not found["is_known"]:
         raise EngineError(
@@ -226,63 +260,27 @@ def _require_architecture(worker: Worker, folder: Path) -> None:
         )
 
 
-def require_kernels(asked: dict[str, str | None], found: dict[str, str], folder: Path) -> None:
-    """EngineError unless the loaded modules carry the kernels that were asked for, class by class."""
-    what = {"linear": "engine.kernels asks for {}, but the linear layers that vLLM loaded compute with {}"}
-    what["kv_cache"] = "the KV cache is to be {}, by the checkpoint and engine.args.kv_cache_dtype, but vLLM's is {}"
-    for part, wanted in asked.items():
-        if found[part] != wanted:
-            raise EngineError(
-                f"{folder}: {what[part].format(wanted, found[part])}; "
-                "nothing was asked of them. `harness doctor` says which kernels this machine can run"
-            )
-
-
-def require_settings(options: dict[str, Any], found: dict[str, Any]) -> None:
-    """EngineError if vLLM runs with another setting than the options say: it changes some of them for some models by itself."""
-    for name, value in found.items():
-        if options.get(name, value) != value:
-            raise EngineError(
-                f"engine.args: {name} is to be {options[name]!r}, but vLLM runs this model here with {value!r}; nothing was asked of "
-                f"it. Allowed here: {value!r}"
-            )
-
-
-def asked_kernels(folder: Path, *, kernels: str | None, args: dict[str, Any]) -> dict[str, str | None]:
-    """What is asked to compute the checkpoint in `folder`, by class of module: a BF16 one is computed in BF16 in any case."""
-    scheme = _scheme(folder)
-    return {"linear": "bf16" if scheme is None else kernels, "kv_cache": _asked_cache(scheme, args)}
-
-
-def _asked_cache(scheme: Scheme | None, args: dict[str, Any]) -> str:
-    given = args.get("kv_cache_dtype", "auto")
-    if given != "auto":
-        return "fp8" if given == "fp8" else "bf16"
-    return "fp8" if scheme is not None and scheme.kv_cache else "bf16"
-
-
-def require_servable(folder: Path, *, kernels: str | None, args: dict[str, Any]) -> None:
+def require_servable(folder: Path, *, kernels: str | None, args: dict[str, Any], trust_remote_code: bool = False) -> None:
     """EngineError, before anything is loaded, for what this engine or vLLM on this machine cannot serve."""
     require_vllm()
-    config, scheme = _config(folder), _scheme(folder)
-    if config.get("auto_map"):
+    config, scheme = config_of(folder), scheme_in(folder)
+    if is_decilm(config):
+        require_decilm(folder, config)
+    elif runs_remote_code(config, False) and not trust_remote_code:
         raise EngineError(
-            f"{folder}: asks for remote code, which this engine does not run in this version; allowed are architectures that vLLM "
-            "knows: use the hf engine"
+            f"{folder}: asks for remote code (auto_map), which runs only where the suite says [model] trust_remote_code = true; the class "
+            "of the model is vLLM's own all the same"
         )
     if scheme is not None:
         if kernels not in KERNELS:
             raise EngineError(
                 f"{folder}: is quantized, and engine.kernels is {kernels!r}; say what computes it. Allowed: {', '.join(KERNELS)}"
             )
-        experts = [name for name, kind in _types(folder).items() if ".experts." in name and kind in ("U8", "F8_E4M3")]
-        if experts:
-            raise EngineError(
-                f"{folder}: {experts[0]}: quantized experts are not served by this engine in this version; allowed are quantized "
-                "linear layers, with the experts in BF16"
-            )
-    if not vllm_device_kind().startswith("cpu"):
+        n_layers = text_config_with_defaults(config).get("num_hidden_layers")
+        require_experts(folder, types_in(folder), kernels, is_cpu=serves_on_cpu(), n_layers=n_layers)
+    if not serves_on_cpu():
         return
+    require_plain_experts(folder, types_in(folder))
     if kernels == "native" and scheme is not None:
         raise EngineError(f"{folder}: vLLM has no native FP4 kernel for a CPU; allowed here: {', '.join(OURS)}")
     for name in ("tensor_parallel_size", "data_parallel_size"):
@@ -301,21 +299,21 @@ def require_servable(folder: Path, *, kernels: str | None, args: dict[str, Any])
             f"{folder}: attention heads of size {size}; vLLM on a CPU takes {', '.join(map(str, CPU_HEAD_SIZES))}; use the hf "
             "engine, or a machine with a GPU"
         )
-    fp8 = [name for name, kind in _types(folder).items() if name.endswith(".weight") and kind == "F8_E4M3"]
+    fp8 = [name for name, kind in types_in(folder).items() if name.endswith(".weight") and kind == "F8_E4M3"]
     if fp8:
         raise EngineError(
             f"{folder}: {fp8[0]}: vLLM on a CPU cannot compute FP8 linear layers; allowed here are NVFP4 and BF16 ones (and an FP8 "
             "KV cache); use the hf engine, or a machine with a GPU"
         )
-    if _asked_cache(scheme, args) == "fp8" and size % 32:
+    if asked_cache(scheme, args) == "fp8" and size % 32:
         raise EngineError(f"{folder}: an FP8 KV cache on a CPU needs head sizes that are multiples of 32, found {size}")
 
 
-def vllm_options(folder: Path, *, kernels: str | None, args: dict[str, Any]) -> dict[str, Any]:
+def vllm_options(folder: Path, *, kernels: str | None, args: dict[str, Any], trust_remote_code: bool = False) -> dict[str, Any]:
     """The options that vLLM is started with: those of the suite, and defaults that do not depend on what is installed."""
     given = {name: value for name, value in args.items() if name != "data_parallel_size"}
     context = min(
-        int(text_config_with_defaults(_config(folder)).get("max_position_embeddings", DEFAULT_MAX_MODEL_LEN)),
+        int(text_config_with_defaults(config_of(folder)).get("max_position_embeddings", DEFAULT_MAX_MODEL_LEN)),
         DEFAULT_MAX_MODEL_LEN,
     )
     options: dict[str, Any] = {
@@ -324,14 +322,17 @@ def vllm_options(folder: Path, *, kernels: str | None, args: dict[str, Any]) -> 
         "enforce_eager": True,
         "enable_prefix_caching": False,
     }
-    is_cpu = vllm_device_kind().startswith("cpu")
+    if trust_remote_code and config_of(folder).get("auto_map"):
+        options["trust_remote_code"] = True
+    is_cpu = serves_on_cpu()
     if takes_images(folder):
         options |= _IMAGE_OPTIONS | {"skip_mm_profiling": is_cpu}
     cache_gib = given.pop("kv_cache_memory_gib", DEFAULT_CPU_CACHE_GIB if is_cpu else None)
     if cache_gib is not None:
         options["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
-    if kernels == "w4a16" and not is_cpu:
-        options["linear_backend"] = "marlin"
+    if not is_cpu:
+        options |= {"linear_backend": "marlin"} if kernels == "w4a16" else {}
+        options |= experts_option(types_in(folder), kernels) if kernels in BACKENDS else {}
     if "limit_mm_per_prompt" in given:
         given["limit_mm_per_prompt"] = _IMAGE_OPTIONS["limit_mm_per_prompt"] | given["limit_mm_per_prompt"]
     options |= given
@@ -354,30 +355,6 @@ def _what(request: Request) -> dict[str, Any]:
     return {"seed": request.seed, **asdict(request.sampling)}
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    with _ours():
-        return read_config(folder)
-
-
-def _scheme(folder: Path) -> Scheme | None:
-    """What the checkpoint says of its quantization; None for a BF16 one."""
-    with _ours():
-        return scheme_of(folder, read_config(folder))
-
-
-def _types(folder: Path) -> dict[str, str]:
-    with _ours():
-        return tensor_types(folder)
-
-
-@contextmanager
-def _ours() -> Iterator[None]:
-    try:
-        yield
-    except CheckpointError as error:
-        raise EngineError(str(error)) from error
-
-
 def takes_images(folder: Path) -> bool:
     """Whether the model in `folder` has a part that sees, by its config.json."""
-    return has_vision(_config(folder))
+    return has_vision(config_of(folder))

@@ -35,6 +35,22 @@ WEIGHT_ONLY = (
 )
 """Kernels that leave the input in 16 bits."""
 EMULATED = ("FakeQuantizedNvFp4LinearKernel", "EmulationNvFp4LinearKernel")
+_EXPERTS = {
+    "Nvfp4QuantizationEmulationTritonExperts": "w4a4_emulation",
+    "MarlinExperts": "w4a16",
+    "BatchedMarlinExperts": "w4a16",
+    "BatchedHummingGroupedExperts": "w4a16",
+    "HummingGroupedExperts": "w4a16",
+    "HummingIndexedExperts": "w4a16",
+    "CutlassExpertsFp4": "native",
+    "FlashInferExperts": "native",
+    "FlashInferB12xExperts": "native",
+    "FlashInferCuteDSLExperts": "native",
+    "FlashInferCuteDSLBatchedExperts": "native",
+    "TrtLlmNvFp4ExpertsModular": "native",
+    "TrtLlmNvFp4ExpertsMonolithic": "native",
+}
+"""vLLM's kernels of NVFP4 experts; some of those with another name multiply FP4 by FP4 or not, as a variable says."""
 _KERNELS = dict.fromkeys(NATIVE, "native") | dict.fromkeys(WEIGHT_ONLY, "w4a16") | dict.fromkeys(EMULATED, "w4a4_emulation")
 
 
@@ -257,17 +273,34 @@ def kernel_of(module: Any) -> Any:
     return getattr(method, "kernel", None) or getattr(scheme, "kernel", None) or getattr(scheme, "fp8_linear", None)
 
 
+def experts_kernel_of(module: Any) -> str | None:
+    """What computes a module that holds the routed experts of a layer of vLLM; None for any other module."""
+    method: Any = getattr(module, "quant_method", None)
+    if not hasattr(method, "moe_kernel"):
+        return None
+    experts = getattr(method.moe_kernel, "fused_experts", None)
+    method = getattr(method, "old_quant_method", method)  # vLLM wraps some after loading
+    format, name = type(method).__name__, type(method if experts is None else experts).__name__
+    if format.startswith("UnquantizedFusedMoE"):
+        return "bf16"
+    if "nvfp4" not in format.lower():
+        return name
+    return "w4a16" if getattr(method, "use_a16", False) else _EXPERTS.get(name, name)
+
+
 def read_kernels(model: Any) -> dict[str, str]:
     """What computes each class of module of a loaded vLLM model.
 
     linear: of the NVFP4 layers, or "bf16" where there is none; several are joined by "+"; a class that is not known keeps its
-    own name. linear_fp8: of FP8 layers, where there are any. kv_cache: "bf16" or "fp8".
+    own name. linear_fp8: of FP8 layers, where there are any. experts: likewise of the quantized ones, where a model has experts.
+    kv_cache: "bf16" or "fp8".
 
     Raises:
         RuntimeError: a layer of the part that sees is quantized, which is to stay in BF16.
     """
     linear: set[str] = set()
     fp8: set[str] = set()
+    experts: set[str] = set()
     caches: set[str] = set()
     sees = _sees(model)
     for place, module in model.named_modules():
@@ -279,11 +312,13 @@ def read_kernels(model: Any) -> dict[str, str]:
                 )
             name = type(kernel).__name__
             (fp8 if "NvFp4" not in name else linear).add(_KERNELS.get(name, name))
+        experts |= {found for found in (experts_kernel_of(module),) if found is not None}
         cache = getattr(module, "kv_cache_dtype", None)
         if isinstance(cache, str):
             caches.add("fp8" if cache.startswith("fp8") else "bf16")
     found = {"linear": "+".join(sorted(linear)) or "bf16", "kv_cache": "+".join(sorted(caches)) or "bf16"}
-    return found | ({"linear_fp8": "+".join(sorted(fp8))} if fp8 else {})
+    more = {"linear_fp8": fp8, "experts": (experts - {"bf16"}) or experts}
+    return found | {part: "+".join(sorted(names)) for part, names in more.items() if names}
 
 
 def _sees(model: Any) -> Callable[[str], bool]:
