@@ -74,7 +74,7 @@ _VARIANT = {"name": _TEXT, "method": _TEXT}
 _DIAGNOSTICS_ROW = {"variant": _TEXT}
 _RESPONSE = {"kl": _or_none(_NUMBER), "kl_stderr": _or_none(_ERROR), "n_sequences": _COUNT}
 _REFERENCE = {"source": _TEXT, "band": _ERROR, "figure": _list_of(_OBJECT)}
-_FIGURE = {"variant": _TEXT, "task": _TEXT, "value": _NUMBER}
+_FIGURE = {"variant": _TEXT, "task": _TEXT, "metric": _or_none(_TEXT), "value": _NUMBER}
 
 
 def require_keys(where: str, record: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
@@ -119,7 +119,8 @@ def require_about(path: Path, about: Mapping[str, Any]) -> None:
     if reference is not None:
         require_keys(f"{path}: resolved.reference", reference, _REFERENCE)
         for number, figure in enumerate(reference["figure"], start=1):
-            require_keys(f"{path}: resolved.reference: figure {number}", figure, _FIGURE)
+            metric = {"metric": figure.get("metric")}
+            require_keys(f"{path}: resolved.reference: figure {number}", figure | metric, _FIGURE)
 
 
 def require_sequences(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -11,6 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from harness.gate_checks import Check, near
+from harness.published import DIAGNOSTICS, cell_of
 
 if TYPE_CHECKING:
     from harness.evidence import RunEvidence
@@ -39,15 +40,15 @@ def sanity_checks(run: RunEvidence, baseline: str | None) -> list[Check]:
 def _of_nobody(figure: dict[str, Any], known: list[str]) -> Check:
     of = figure["variant"]
     reason = f"suspect baseline: a published figure is of {of}, and the run has no such variant or method{near(of, known)}"
-    return Check(f"{of} in {figure['task']}", "sanity", "critical", reasons=(reason,), figures={"published": figure["value"]})
+    return Check(f"{of} in {cell_of(figure)}", "sanity", "critical", reasons=(reason,), figures={"published": figure["value"]})
 
 
 def _compared(run: RunEvidence, ours: str | None, figure: dict[str, Any], reference: dict[str, Any]) -> Check:
     task, published, band = figure["task"], figure["value"], reference["band"]
-    name = f"BF16 in {task}"
+    name = f"BF16 in {cell_of(figure)}"
     numbers = {"published": published, "band": band, "source": reference["source"], "task": task}
     row = run.rows.get((ours, task)) if ours is not None else None
-    why = _not_comparable(row, task)
+    why = _not_comparable(row, task, figure.get("metric"))
     if row is None or ours is None or why is not None:
         reason = f"{why}: not compared with the published {published:g}"
         return Check(name, "sanity", "advisory", reasons=(reason,), figures=numbers)
@@ -79,11 +80,15 @@ def _bounds(run: RunEvidence, ours: str, task: str, row: dict[str, Any]) -> tupl
     return low / len(answers.questions), high / len(answers.questions)
 
 
-def _not_comparable(row: dict[str, Any] | None, task: str) -> str | None:
+def _not_comparable(row: dict[str, Any] | None, task: str, metric: str | None) -> str | None:
+    if task == DIAGNOSTICS:
+        return f"{metric} is in nats, and the band in points"
     if row is None or not row.get("n_total"):
         return f"BF16 has no score in {task}"
     if row.get("is_partial") is not False:
         return f"only the first {row.get('n_questions')} questions of {task} were asked (limit)"
+    if metric not in (None, row.get("metric")):
+        return f"the published figure of {task} is of {metric}, and what is judged of {row.get('metric')}"
     if row.get("unit", "share") != "share":
         return f"{row.get('metric')} is no share of {task}"
     return None

@@ -55,8 +55,22 @@ class Calibration(Section):
     skip_first_token: bool = False
 
 
+class ExcludeLayers(Section):
+    """Decoder layers that stay BF16 by position: the `first` and the `last` so many, and the layer right before each attention layer."""
+
+    first: Annotated[int, Field(ge=0)] = 0
+    last: Annotated[int, Field(ge=0)] = 0
+    before_attention: bool = False
+
+    @model_validator(mode="after")
+    def _names_a_layer(self) -> ExcludeLayers:
+        if not (self.first or self.last or self.before_attention):
+            raise ValueError("it names no layer; give first, last or before_attention, or remove it")
+        return self
+
+
 class Quantization(Section):
-    """How every quantized variant is quantized.
+    """How every quantized variant is quantized. `exclude` names what stays BF16 by patterns, `exclude_layers` by position.
 
     `scale_multiplier`, on the tensor scales of weights, is for the noise floor of scale rules: several variants that differ in
     nothing else. `block_scales` is about training; left out, it is "recomputed" with the rule amax and "frozen" with others; "learned" trains them.
@@ -65,6 +79,7 @@ class Quantization(Section):
     format: Literal["nvfp4"] = "nvfp4"
     activations: bool = True
     exclude: tuple[str, ...] = ("lm_head",)
+    exclude_layers: ExcludeLayers | None = None
     scale_rule: Literal["amax", "mse", "four_over_six", "gptq"] = "amax"
     scale_weighting: Literal["none", "second_moment"] = "none"
     scale_multiplier: Annotated[float, Field(ge=1, le=1024, allow_inf_nan=False)] = 1.0
@@ -136,6 +151,7 @@ class Training(Section):
 class Variant(Section):
     """One row of the tables. `quantization` and `training` override single keys of the suite's own sections.
 
+    path: of "checkpoint", one that was made elsewhere: a folder, or a hub id with its `revision`, a commit.
     seeds: trains one for each. teacher, loss, temperature, ce_weight: of "qad", whose loss is "kl" where nothing is said;
         "kl_ce" is (1 - ce_weight) KL + ce_weight CE.
     endpoint: the server that serves its checkpoint already, where engine.kind = "server" starts none.
@@ -147,6 +163,7 @@ class Variant(Section):
     method: Literal["bf16", "ptq", "qat", "qad", "checkpoint"]
     data: str | None = None
     path: str | None = None
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     quantization: dict[str, Any] = {}
     training: dict[str, Any] = {}
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from harness.published import DIAGNOSTICS
 from harness.section import Name, Positive, Section
 
 _Points = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
@@ -17,6 +18,10 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 _Ceiling = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Tier = Literal["critical", "supporting", "advisory"]
 Kernel = Literal["native", "w4a4_emulation", "w4a16"]
+Verified = Literal["first-hand", "cross-checked", "single translation"]
+"""How sure it is that a published figure was printed so: read in the source, in several accounts of it, or in one translation."""
+DIVERGENCES = ("kl", "ce")
+"""What a published figure of the diagnostics may be of: KL against BF16, CE against the labels, in nats a token."""
 
 
 class GateTask(Section):
@@ -96,13 +101,24 @@ class Policy(Gate):
 
 
 class Figure(Section):
-    """A published figure of the variant or method `variant` in a task. table: where in the source. verified: how sure the figure is."""
+    """A published figure of the variant or method `variant` in a task. table: where in the source. verified: how sure the figure is.
+
+    metric: of a task that has several; left out, the one that stands in the table. With task = "diagnostics" it is one of DIVERGENCES, and
+    the value is in nats a token instead of points.
+    """
 
     variant: Name
     task: Annotated[str, Field(min_length=1)]
+    metric: Annotated[str, Field(min_length=1)] | None = None
     value: Annotated[float, Field(ge=0, le=100)]
     table: str | None = None
-    verified: Literal["first-hand", "cross-checked", "single translation"] = "first-hand"
+    verified: Verified
+
+    @model_validator(mode="after")
+    def _has_its_metric(self) -> Figure:
+        if self.task == DIAGNOSTICS and self.metric not in DIVERGENCES:
+            raise ValueError(f'metric: found {self.metric!r}; allowed with task = "{DIAGNOSTICS}": {", ".join(DIVERGENCES)}')
+        return self
 
 
 class Reference(Section):
@@ -111,3 +127,11 @@ class Reference(Section):
     source: Annotated[str, Field(min_length=1)]
     band: _Points
     figure: Annotated[tuple[Figure, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _is_one_a_cell(self) -> Reference:
+        cells = [(each.variant, each.task, *([each.metric] if each.metric else [])) for each in self.figure]
+        repeated = dict.fromkeys(" ".join(cell) for cell in cells if cells.count(cell) > 1)
+        if repeated:
+            raise ValueError(f"figure: {', '.join(repeated)} repeated; which is meant is not known, remove one")
+        return self

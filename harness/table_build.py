@@ -85,6 +85,7 @@ def _build_table(run: Path) -> dict[str, Any]:
         "suite": about["suite"],
         "run": about["run"],
         "status": about["status"],
+        "rehearsal": bool(about.get("rehearsal")),
         "model": about["model"],
         "rows": rows,
         "seed_groups": groups,

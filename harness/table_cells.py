@@ -48,10 +48,10 @@ def fixed(digits: int) -> Callable[[dict[str, Any], float | None], str]:
     return lambda figure, value: number(value, digits)
 
 
-def signed(points: float) -> str:
-    """Points with one decimal and their sign, a minus that is as wide as a plus; what rounds to nothing is +0.0."""
-    text = f"{points:+.1f}"
-    return "+0.0" if text == "-0.0" else text.replace("-", "−")
+def signed(value: float, digits: int = 1) -> str:
+    """A difference with so many decimals and its sign, a minus that is as wide as a plus; what rounds to nothing is +0.0."""
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", "−") if float(text) else text.replace("-", "+")
 
 
 def marks(task: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ import io
 from typing import Any
 
 from harness.controls import is_control
-from harness.published import label_of
+from harness.published import DIAGNOSTICS, label_of
 from harness.table_build import in_order
 
 _RATIOS = ("recovery", "gap_recovered")
@@ -18,7 +18,8 @@ _PUBLISHED = ("published_difference", "published_table", "published_verified")
 def as_csv(table: dict[str, Any]) -> str:
     """One line a variant, a group of seeds and a published variant, whose scores are shares like ours; columns are only ever added.
 
-    A control with grey pictures has a column that says so.
+    A control with grey pictures has a column that says so. Published figures of tasks or metrics that have no column here have their own,
+    after all others.
     """
     names = list(dict.fromkeys(name for row in table["rows"] for name in row["tasks"]))
     parts = ("value", "stderr", "n_scored", "n_total", "incomplete_rate", "chose_checkpoint", "sd_over_seeds")
@@ -29,6 +30,8 @@ def as_csv(table: dict[str, Any]) -> str:
     columns += ["tokens_per_second", *(f"{name}.{part}" for name in names for part in (*_AGAINST, *_PUBLISHED)), "source"]
     tasks = [(name, task) for row in table["rows"] for name, task in row["tasks"].items()]
     columns += dict.fromkeys(_control(name) for name, task in tasks if is_control(task))
+    published = _published(table["published"])
+    columns += dict.fromkeys(key for line in published for key in line if key not in columns)
     against = _against(table["differences"])
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
@@ -37,8 +40,8 @@ def as_csv(table: dict[str, Any]) -> str:
         cells = _csv_group(row) if is_group else _csv_row(row, diagnostic_columns)
         cells |= against.get(cells["variant"], {})
         writer.writerow({key: "" if value is None else value for key, value in cells.items()})
-    for cells in _published(table["published"]):
-        writer.writerow({key: value for key, value in cells.items() if key in columns and value is not None})
+    for cells in published:
+        writer.writerow({key: "" if value is None else value for key, value in cells.items()})
     return buffer.getvalue()
 
 
@@ -85,14 +88,16 @@ def _against(differences: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _published(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line a published variant: scores, and ours less theirs, as shares."""
+    """A line a published variant: scores, and ours less theirs, as shares; KL and CE in nats."""
     lines: dict[str, dict[str, Any]] = {}
     for figure in figures:
-        label, name, difference = label_of(figure["variant"]), figure["task"], figure["difference"]
+        label, metric = label_of(figure["variant"]), figure["metric"]
+        in_nats = figure["task"] == DIAGNOSTICS
+        name = metric if in_nats else figure["task"] + (f".{metric}" if metric else "")
+        value, difference = (x if x is None or in_nats else x / 100 for x in (figure["value"], figure["difference"]))
         line = lines.setdefault(label, {"variant": label, "method": "published", "source": figure["source"]})
-        line |= {f"{name}.value": figure["value"] / 100, f"{name}.published_table": figure["table"]}
-        line |= {f"{name}.published_difference": None if difference is None else difference / 100}
-        line |= {f"{name}.published_verified": figure["verified"]}
+        line |= {name if in_nats else f"{name}.value": value, f"{name}.published_difference": difference}
+        line |= {f"{name}.published_table": figure["table"], f"{name}.published_verified": figure["verified"]}
     return list(lines.values())
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from harness.published import published_cells, published_notes
+from harness.published import COLUMNS as PUBLISHED
+from harness.published import published_cells, published_notes, published_rows
 from harness.speed import speed_notes
 from harness.table_against import COLUMNS, against_notes, against_rows
 from harness.table_build import in_order
@@ -39,9 +40,9 @@ def build_grid(table: dict[str, Any]) -> Grid:
     columns, kept = ("variant", *names, *_FIGURES), list(range(1 + len(names) + len(_FIGURES)))
     if all(row["tokens_per_second"] is None for row in table["rows"]):
         kept.remove(columns.index(_SPEED))
-    blocks = [block for block in (_against(table), _by_position(table)) if block is not None]
+    blocks = [block for block in (_against(table), _published(table), _by_position(table)) if block is not None]
     return Grid(
-        f"{table['suite']} {table['run']}",
+        f"{'REHEARSAL of ' if table.get('rehearsal') else ''}{table['suite']} {table['run']}",
         tuple(columns[index] for index in kept),
         tuple(tuple(row[index] for index in kept) for row in rows),
         tuple(_notes(table, names)),
@@ -66,6 +67,11 @@ def _single_seeds(table: dict[str, Any]) -> list[str]:
 def _against(table: dict[str, Any]) -> Grid | None:
     rows = against_rows(table)
     return Grid(f"Against {table['differences'][0]['baseline']}", COLUMNS, tuple(rows), ()) if rows else None
+
+
+def _published(table: dict[str, Any]) -> Grid | None:
+    rows = published_rows(table["published"])
+    return Grid("Published figures", PUBLISHED, tuple(rows), ()) if rows else None
 
 
 def _cells(row: dict[str, Any], names: list[str]) -> tuple[str, ...]:

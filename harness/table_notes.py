@@ -11,12 +11,16 @@ from harness.noise_floor import noise_notes
 from harness.pairs import scale_notes
 
 SMALL_MODEL_WEIGHTS = 1_000_000_000
+REHEARSED = (
+    "REHEARSAL: small random models and a few made rows; these figures say that the suite works, and nothing of the model."
+)
 FLAGS = {
     "imported": "scored by another tool and imported; which weights and kernels answered is not proven",
     "unverified": "from an endpoint that was given; which weights and kernels answered is not proven",
     "kernels unverified": "which kernels the server computed with is not proven",
     "unverified rendering": "that the server made the prompt's tokens of the chat is proven by their number alone, not token by token",
     GREY_FLAG: "every picture was a grey one, a control of what is known without looking and no score of the task",
+    "merged input scales": "the files hold several input scales for the experts of a layer, of which engines compute with the largest",
     "no fingerprint": "the endpoint gives nothing to know it by; a change of its model would not be seen",
 }
 
@@ -24,7 +28,8 @@ FLAGS = {
 def table_notes(table: dict[str, Any], names: list[str]) -> list[str]:
     """Sentences for the table as data; `names` are its tasks."""
     rows = table["rows"]
-    notes = [f"{note}." for note in table["model"]["notes"]]
+    notes = [REHEARSED] if table.get("rehearsal") else []
+    notes += [f"{note}." for note in table["model"]["notes"]]
     n_weights = max((row["n_weights"] for row in rows if row["n_weights"]), default=None)
     if n_weights and n_weights < SMALL_MODEL_WEIGHTS:
         notes.append(
@@ -201,7 +206,8 @@ def _kernel_notes(rows: list[dict[str, Any]]) -> list[str]:
     if not linear:
         return []
     native = native_fp4(rows)
-    others = [(what, _by_kernel(rows, part)) for what, part in (("FP8 layers", "linear_fp8"), ("KV cache", "kv_cache"))]
+    classes = {"experts": "Experts", "linear_fp8": "FP8 layers", "kv_cache": "KV cache"}
+    others = [(what, _by_kernel(rows, part)) for part, what in classes.items()]
     return [
         " ".join(
             [
@@ -214,9 +220,11 @@ def _kernel_notes(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def native_fp4(rows: list[dict[str, Any]]) -> str:
-    """Whether any figure was computed by FP4 units: "measured" or "not measured"."""
-    parts = [part for row in rows for part in (*row["tasks"].values(), row["diagnostics"]) if part]
-    return "measured" if any("native" in part["kernels"]["linear"].split("+") for part in parts) else "not measured"
+    """Whether FP4 units computed any figure, linear layers and experts alike: "measured" or "not measured"."""
+    parts = [part["kernels"] for row in rows for part in (*row["tasks"].values(), row["diagnostics"]) if part]
+    quantized = [[found[key] for key in ("linear", "experts") if found.get(key) not in (None, "bf16")] for found in parts]
+    is_native = any(found and all("native" in kernel.split("+") for kernel in found) for found in quantized)
+    return "measured" if is_native else "not measured"
 
 
 def _by_kernel(rows: list[dict[str, Any]], part: str) -> str:

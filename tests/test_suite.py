@@ -13,7 +13,7 @@ from harness.store import Store
 from harness.suite import load_suite
 
 REPOSITORY = Path(__file__).parent.parent
-SUITES = sorted(path for path in REPOSITORY.glob("suites/**/*.toml") if path.parent.name != "gates")
+SUITES = sorted(path for path in REPOSITORY.glob("suites/**/*.toml") if path.parent.name not in ("gates", "nightly"))
 
 
 def mistakes_of(path: Path, text: str) -> list[str]:
@@ -393,7 +393,7 @@ task = [{ name = "mini_math", margin = 3.0, tier = "critical" }]
 [reference]
 source = "a paper"
 band = 2.0
-figure = [{ variant = "bf16", task = "mini_math", value = 60.0 }]
+figure = [{ variant = "bf16", task = "mini_math", value = 60.0, verified = "first-hand" }]
 """
 
 
@@ -415,6 +415,24 @@ def test_a_gate_and_published_figures_change_no_stage(tiny_suite, tmp_path):
         ('"critical"', '"advisory"', r'gate: .*none is "critical", so nothing could ever be GO'),
         ('kernels = ["w4a4_emulation"]', "", r"gate.kernels: missing"),
         ('variant = "bf16"', 'variant = "fp16"', r'reference.figure\[0\].variant: no variant "fp16"; did you mean bf16\?'),
+        (', verified = "first-hand"', "", r"reference.figure\[0\].verified: missing; it is required"),
+        ('"first-hand"', '"first hand"', r"reference.figure\[0\].verified: found 'first hand'; did you mean first-hand\?"),
+        ('source = "a paper"\n', "", r"reference.source: missing; it is required"),
+        (
+            '"mini_math", value = 60.0',
+            '"diagnostics", value = 0.3',
+            r"reference.figure\[0\]: .*metric: found None; allowed with .*: kl, ce",
+        ),
+        (
+            '"mini_math", value = 60.0',
+            '"diagnostics", metric = "ppl", value = 3',
+            r"reference.figure\[0\]: .*metric: found 'ppl'; allowed",
+        ),
+        (
+            "}]\n",
+            '}, { variant = "bf16", task = "mini_math", value = 61.0, verified = "first-hand" }]\n',
+            "bf16 mini_math repeated",
+        ),
     ],
 )
 def test_a_mistake_in_a_gate_is_named(tiny_suite, old, new, message):

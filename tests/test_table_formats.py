@@ -152,7 +152,7 @@ REFERENCE = {
     "figure": [
         {"variant": "bf16", "task": "maths", "value": 79.0, "table": "Table 3", "verified": "first-hand"},
         {"variant": "qad", "task": "maths", "value": 62.0, "table": None, "verified": "single translation"},
-        {"variant": "qad", "task": "elsewhere", "value": 50.0, "table": None, "verified": "first-hand"},
+        {"variant": "qad", "task": "elsewhere", "value": 50.0, "table": "T9", "verified": "cross-checked"},
     ],
 }
 
@@ -170,13 +170,79 @@ def test_published_figures_have_rows_of_their_own_with_source_and_our_difference
     ours = {(each["variant"], each["task"]): each for each in table["published"]}
     assert ours["bf16", "maths"]["difference"] == pytest.approx(-4.0) and ours["bf16", "maths"]["is_outside_band"] is True
     assert ours["qad", "maths"]["is_outside_band"] is False and ours["qad", "elsewhere"]["difference"] is None
-    note = next(note for note in grid.notes if note.startswith("Published"))
-    assert "A paper, table 3: bf16 maths 79.0 (Table 3, first-hand)" in note
-    assert "qad maths 62.0 (no table named, single translation)" in note and "elsewhere 50.0" in note
+    (note,) = [note for note in grid.notes if note.startswith("Published")]
+    assert note.startswith("Published: A paper, table 3, percent as published; difference") and "nats" not in note
     assert any(note.startswith("Suspect: bf16 maths −4.0 points") for note in grid.notes)
     line = next(row for row in csv.DictReader(io.StringIO(render(table, "csv"))) if row["variant"] == "published bf16")
     assert (line["method"], line["source"], float(line["maths.value"])) == ("published", "A paper, table 3.", 0.79)
     assert float(line["maths.published_difference"]) == pytest.approx(-0.04)
+
+
+def test_every_format_shows_value_table_and_flag_of_each_published_figure(tmp_path):
+    table = published(tmp_path)
+    shown = [
+        ("bf16: maths", "79.0", "Table 3", "first-hand", "75.0", "−4.0"),
+        ("qad: maths", "62.0", "–", "single translation", "62.5", "+0.5"),
+        ("qad: elsewhere", "50.0", "T9", "cross-checked", "–", "–"),
+    ]
+    grid = build_grid(table)
+    (below,) = [each for each in grid.below if each.title == "Published figures"]
+    assert below.rows == tuple(shown)
+    lines = re.split(r"\n", printed(grid, 100))
+    assert all(any(line.split() == " ".join(row).split() for line in lines) for row in shown)
+    assert all("| " + " | ".join(row) + " |" in render(table, "md") for row in shown)
+    assert r"bf16: maths & 79.0 & Table 3 & first-hand & 75.0 & $-$4.0 \\" in render(table, "tex")
+    written = {line["variant"]: line for line in csv.DictReader(io.StringIO(render(table, "csv")))}
+    for variant, task, value, where, flag in (
+        ("bf16", "maths", 0.79, "Table 3", "first-hand"),
+        ("qad", "maths", 0.62, "", "single translation"),
+        ("qad", "elsewhere", 0.5, "T9", "cross-checked"),
+    ):
+        line = written[f"published {variant}"]
+        assert float(line[f"{task}.value"]) == value
+        assert (line[f"{task}.published_table"], line[f"{task}.published_verified"]) == (where, flag)
+
+
+def with_metrics(folder: Path) -> dict:
+    """A run with a second metric, KL and CE, and published figures of them."""
+    flags = {"table": "T1", "verified": "cross-checked"}
+    figures = [
+        {"variant": "qad", "task": "maths", "metric": "by_step", "value": 70.0, **flags},
+        {"variant": "qad", "task": "maths", "metric": "of_nobody", "value": 71.0, **flags},
+        {"variant": "qad", "task": "diagnostics", "metric": "kl", "value": 0.004, **flags},
+        {"variant": "qad", "task": "diagnostics", "metric": "ce", "value": 0.416, **flags},
+        {"variant": "ptq", "task": "diagnostics", "metric": "kl", "value": 0.3, **flags},
+    ]
+    resolved = {"resolved": {"model": {"thinking": None}, "reference": {"source": "A paper", "band": 3.0, "figure": figures}}}
+    response = {"kl": 0.0155, "kl_stderr": 0.001, "ce": 0.410, "n_sequences": 9, "n_tokens": 900}
+    measured = {"variant": "qad", "kernels": {"linear": "w4a4_emulation"}, "response": response}
+    samples = {(name, "maths"): answers(n) for name, n in RIGHT.items()}
+    run = write_run(folder / "m", samples, about_changes=resolved, diagnostics=[measured])
+    rows = [json.loads(line) for line in (run / "tasks.jsonl").read_text().splitlines()]
+    rows += [row | {"metric": "by_step", "value": 0.8} for row in rows if row["variant"] == "qad"]
+    (run / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return build_table(run)
+
+
+def test_a_published_figure_of_another_metric_is_held_against_that_metric_and_one_of_diagnostics_against_ours_in_nats(tmp_path):
+    table = with_metrics(tmp_path)
+    grid = build_grid(table)
+    (below,) = [each for each in grid.below if each.title == "Published figures"]
+    assert [(*row[:2], *row[4:]) for row in below.rows] == [
+        ("qad: maths by_step", "70.0", "80.0", "+10.0"),
+        ("qad: maths of_nobody", "71.0", "–", "–"),
+        ("qad: KL", "0.004", "0.015", "+0.011"),
+        ("qad: CE", "0.416", "0.410", "−0.006"),
+        ("ptq: KL", "0.300", "–", "–"),
+    ]
+    assert not any(row[0].startswith("published") for row in grid.rows)  # none is of what stands in the table
+    assert any("KL and CE in nats a token" in note for note in grid.notes)
+    (suspect,) = [note for note in grid.notes if note.startswith("Suspect")]
+    assert suspect.startswith("Suspect: qad maths by_step +10.0 points") and "KL" not in suspect
+    line = {each["variant"]: each for each in csv.DictReader(io.StringIO(render(table, "csv")))}["published qad"]
+    assert (line["maths.by_step.value"], line["maths.by_step.published_verified"]) == ("0.7", "cross-checked")
+    assert (line["kl"], line["ce"], line["kl.published_table"], line["maths.value"]) == ("0.004", "0.416", "T1", "")
+    assert float(line["kl.published_difference"]) == pytest.approx(0.0115)
 
 
 @pytest.mark.parametrize("change", [{"is_partial": True}, {"unit": "plain"}])
@@ -294,7 +360,7 @@ def test_latex_is_whole_and_everything_in_it_is_escaped(tmp_path):
     table["suite"] = r"a_b {50 % & more} $x^2$ ~ \input{/etc/passwd} # <tag> | [x]"
     text = as_latex(build_grid(table))
     assert latex_problems(text) == []
-    assert text.count(r"\toprule") == text.count(r"\bottomrule") == 2 and r"\usepackage{booktabs}" in text
+    assert text.count(r"\toprule") == text.count(r"\bottomrule") == 3 and r"\usepackage{booktabs}" in text
     assert r"published bf16 & 79.0 ($-$4.0)" in text and r"30.0" not in text and r"75.0 $\pm$10.0" in text
     assert r"\input" not in text and r"\textbackslash{}input\{/etc/passwd\}" in text
 
@@ -329,6 +395,7 @@ def test_text_in_brackets_is_printed_and_no_markup():
 
 def test_points_have_a_sign_and_nothing_has_no_minus():
     assert (signed(-0.04), signed(-1.25), signed(3.0)) == ("+0.0", "−1.2", "+3.0")
+    assert (signed(-0.0004, 3), signed(-0.0125, 3)) == ("+0.000", "−0.013")
 
 
 def test_a_table_needs_neither_torch_nor_scipys_slow_parts():

@@ -192,6 +192,26 @@ def test_the_engine_is_named_and_what_was_imported_is_no_kernel_of_it(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("kernels", "native"),
+    [
+        ({"linear": "native"}, "measured"),
+        ({"linear": "native", "experts": "native"}, "measured"),
+        ({"linear": "bf16", "experts": "native"}, "measured"),
+        ({"linear": "native", "experts": "bf16"}, "measured"),
+        ({"linear": "native", "experts": "w4a16"}, "not measured"),
+        ({"linear": "w4a4_emulation", "experts": "native"}, "not measured"),
+        ({"linear": "bf16", "experts": "bf16"}, "not measured"),
+    ],
+)
+def test_the_kernels_of_experts_are_told_and_decide_whether_fp4_units_were_measured(tmp_path, kernels, native):
+    samples = {("ptq", "maths"): [sample(0), sample(1, 0.0)]}
+    table = build_table(write_run(tmp_path / "run", samples, row_changes={("ptq", "maths"): {"kernels": kernels}}))
+    assert table["native_fp4"] == native
+    assert ("Native FP4: not measured." in render(table, "md")) == (native == "not measured")
+    assert (f"Experts: ptq: {kernels.get('experts')}." in render(table, "md")) == ("experts" in kernels)
+
+
+@pytest.mark.parametrize(
     ("engine", "endpoint", "note"),
     [
         ({"kind": "hf", "args": {}}, None, "- Engine: hf, torch 2.13.0, transformers 5.17.0.\n"),
