@@ -26,7 +26,7 @@ def reading_hub() -> Iterator[None]:
     from huggingface_hub import constants
 
     unknown = None if constants.HF_HUB_OFFLINE else _unknown_host(constants.ENDPOINT)
-    with _quiet(), _offline() if unknown else contextlib.nullcontext():
+    with _quiet(), offline() if unknown else contextlib.nullcontext():
         try:
             yield
         except Exception as error:
@@ -71,8 +71,8 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """What HF_HUB_OFFLINE=1 does, which the libraries read once, when they are imported."""
+def offline() -> Iterator[None]:
+    """Within, what HF_HUB_OFFLINE=1 does, which the libraries read once, when they are imported."""
     from huggingface_hub import constants
 
     places = [constants, *([sys.modules["datasets.config"]] if "datasets.config" in sys.modules else [])]

@@ -15,14 +15,17 @@ from harness.suite import load_suite
 from harness.tasks.sizes import MINI_TASKS, REQUESTS_A_QUESTION, n_questions
 
 
-def outline(path: Path, *, policy: Path | None = None, results: Path = Path("results")) -> list[str]:
+def outline(
+    path: Path, *, policy: Path | None = None, results: Path = Path("results"), missing: list[str] | None = None
+) -> list[str]:
     """Lines that describe the plan of the suite at `path`, and what its gate, or the policy in a file, will be able to decide.
 
     results: where earlier runs are, of which the newest finished one says how much answers vary.
+    missing: as for `make_plan`.
     """
     suite = load_suite(path)
     store = Store(cache_folder())
-    plan = make_plan(suite, store)
+    plan = make_plan(suite, store, missing=missing)
     unused = adopt_imported(plan, store)
     lines = [
         f"suite {suite.name}: model {suite.model.path} ({plan.source.origin})",

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from harness.errors import ModelError, SuiteError
 from harness.judge_prompt import prompt_hash
-from harness.models import Source, checkpoint_source, require_kind, resolve_model
+from harness.models import Source, checkpoint_source, is_hub_id, require_kind, resolve_model
 from harness.numerics import versions
 from harness.provenance import PACKAGES, VLLM_PACKAGES, device_kind, package_versions, vllm_device_kind, what_opens_images
 from harness.schema import Model, Quantization, Teacher
@@ -25,7 +26,7 @@ from harness.suite import ResolvedVariant, Suite
 from harness.task_files import dataset_digests, fingerprint, gives_answers, metadata_of
 from harness.task_settings import ResolvedTask, plain_task
 
-_ABOUT_RECIPE = ("activations", "exclude", "fp8", "kv_cache")
+_ABOUT_RECIPE = ("activations", "exclude", "exclude_layers", "fp8", "kv_cache")
 """Keys of [quantization] that calibration depends on; the rest acts later."""
 _NOT_IN_TRAINING_KEY = {"checkpoint_every", "select_tasks"}
 """Keys of [training] that do not change what training makes."""
@@ -116,18 +117,24 @@ class Plan:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
 
 
-def make_plan(suite: Suite, store: Store, *, only: tuple[str, ...] = ()) -> Plan:
-    """Stages for the variants of `suite`, or for those named in `only`; SuiteError for a name that is not there."""
+def make_plan(suite: Suite, store: Store, *, only: tuple[str, ...] = (), missing: list[str] | None = None) -> Plan:
+    """Stages for the variants of `suite`, or for those named in `only`.
+
+    missing: where given, models and rows that are nowhere do not end the plan: what is said of them is added to it. Such a plan is to look at.
+    Raises:
+        SuiteError: a name in `only` that is not there.  ModelError, DataError: a model or rows that are nowhere.
+    """
     names = [variant.name for variant in suite.variants]
     for name in only:
         if name not in names:
             raise SuiteError(f"{suite.path}: --only {name}: no such variant. Known: {', '.join(names)}")
     variants = tuple(variant for variant in suite.variants if not only or variant.name in only)
-    source = resolve_model(suite.model, store)
-    checkpoints = {v.name: checkpoint_source(v.path, store) for v in variants if v.path is not None}
-    teachers = {v.name: _teacher_source(v.teacher, store) for v in variants if v.teacher is not None}
+    source = _or_missing(lambda: resolve_model(suite.model, store), suite.model.path, missing)
+    checkpoints = {v.name: _checkpoint_source(v, v.path, suite, store, missing) for v in variants if v.path is not None}
+    teachers = {v.name: _teacher_source(v.name, v.teacher, store, missing) for v in variants if v.teacher is not None}
     _require_one_kind(suite, source, checkpoints, teachers)
     builder = _Builder(suite, source, checkpoints, teachers, store)
+    builder.missing = missing
     builder.add_tasks()
     for name in suite.data_with_stages(variants):
         builder.add_data(name)
@@ -172,6 +179,7 @@ class _Builder:
     ) -> None:
         self.suite, self.source, self.checkpoints, self.teachers = suite, source, checkpoints, teachers
         self.store = store
+        self.missing: list[str] | None = None
         self.sources: dict[str, TextSource] = {}
         self.stages: dict[tuple[str, str | None], Stage] = {}
         kind = {} if suite.model.kind == "text" else {"kind": suite.model.kind}
@@ -190,7 +198,7 @@ class _Builder:
         for task in self.suite.tasks:
             self._prepared(task)
         if self.suite.judge is not None:
-            source = _named_source("judge", self.suite.judge.path, self.suite.judge.revision, self.store)
+            source = _named_source("judge", self.suite.judge.path, self.suite.judge.revision, self.store, self.missing)
             self.judge = self._add(Stage("model", _JUDGE, {"fingerprint": source.fingerprint}, source=source))
 
     def add_verdicts(self) -> None:
@@ -256,13 +264,14 @@ class _Builder:
         inputs = inputs | {"trained": trained}  # another dictionary than that of the stage above
         for name in training.select_tasks:
             model = self.suite.model
-            inputs[f"task {name}"] = self._prepared(plain_task(name, model.thinking, model.system_prompt))
+            asked = plain_task(name, model.thinking, model.system_prompt, is_rehearsal=self.suite.is_rehearsal)
+            inputs[f"task {name}"] = self._prepared(asked)
         return self._add(Stage("select", f"{variant.name}: select", judged, inputs, variant=variant))
 
     def _quantized(self, variant: ResolvedVariant, quantization: Quantization) -> Stage:
         calibration = quantization.calibration
         text = self.add_data(calibration.data)
-        recipe = quantization.model_dump(include=set(_ABOUT_RECIPE))
+        recipe = quantization.model_dump(include=set(_ABOUT_RECIPE), exclude_none=True)
         record = self._add(
             Stage(
                 "calibrate",
@@ -287,7 +296,7 @@ class _Builder:
     def add_data(self, name: str) -> Stage:
         """The stage of a data section; those of a mix's parts come before it."""
         if name not in self.sources:
-            self.sources[name] = find_source(name, self.suite.data, self.store)
+            self.sources[name] = find_source(name, self.suite.data, self.store, missing=self.missing)
         text = self.sources[name]
         inputs = {"model": self.model}
         if isinstance(text.section, Mix):
@@ -344,21 +353,46 @@ class _Builder:
 
 def _without_calibration(quantization: Quantization) -> dict[str, Any]:
     """[quantization] with the one key of its calibration that acts after calibration."""
-    return {**quantization.model_dump(exclude={"calibration"}), "headroom": quantization.calibration.headroom}
+    return {
+        **quantization.model_dump(exclude={"calibration"}, exclude_none=True),
+        "headroom": quantization.calibration.headroom,
+    }
 
 
-def _teacher_source(teacher: Teacher, store: Store) -> Source:
+def _checkpoint_source(variant: ResolvedVariant, path: str, suite: Suite, store: Store, missing: list[str] | None) -> Source:
+    """The checkpoint made elsewhere that a variant is. Code of its own is run where the model's is."""
+    model = Model(path=path, revision=variant.revision, trust_remote_code=suite.model.trust_remote_code)
+    return _or_missing(lambda: checkpoint_source(variant.name, model, store), path, missing)
+
+
+def _teacher_source(name: str, teacher: Teacher, store: Store, missing: list[str] | None) -> Source:
+    where = f'variant "{name}": teacher'
     if teacher.path.startswith("package:"):
-        raise SuiteError(f"teacher.path: {teacher.path}: a GGUF file cannot teach; give a checkpoint folder or a hub id")
-    return _named_source("teacher", teacher.path, teacher.revision, store)
+        raise SuiteError(f"{where}.path: {teacher.path}: a GGUF file cannot teach; give a checkpoint folder or a hub id")
+    return _named_source(where, teacher.path, teacher.revision, store, missing)
 
 
-def _named_source(section: str, path: str, revision: str | None, store: Store) -> Source:
+def _named_source(section: str, path: str, revision: str | None, store: Store, missing: list[str] | None) -> Source:
     """A model that another section than [model] names."""
+
+    def find() -> Source:
+        try:
+            return resolve_model(Model(path=path, revision=revision), store)
+        except ModelError as error:
+            raise ModelError(str(error).replace("model.", f"{section}.", 1)) from None
+
+    return _or_missing(find, path, missing)
+
+
+def _or_missing(find: Callable[[], Source], path: str, missing: list[str] | None) -> Source:
+    """What `find` finds; where it is nowhere and that is only to be said, a source of nothing."""
     try:
-        return resolve_model(Model(path=path, revision=revision), store)
+        return find()
     except ModelError as error:
-        raise ModelError(str(error).replace("model.", f"{section}.", 1)) from None
+        if missing is None or not is_hub_id(path):
+            raise
+        missing.append(str(error))
+        return Source(None, None, f"missing:{path}", "not found", wanted=Model(path=path))
 
 
 def _files(task: ResolvedTask) -> dict[str, Any]:

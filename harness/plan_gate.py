@@ -72,7 +72,7 @@ def _estimates(
     for path in sorted(runs.glob("*/run.json"), reverse=True):
         try:
             run = open_run_evidence(path.parent)
-            if not run.is_finished or baseline not in run.variants:
+            if not run.is_finished or run.about.get("rehearsal") or baseline not in run.variants:
                 continue
             found = {
                 name: variation

@@ -48,12 +48,22 @@ class TextSource:
         return isinstance(asked, Drawings) or (isinstance(asked, Rows) and asked.images is not None)
 
 
-def find_source(name: str, sections: Mapping[str, Data], store: Store) -> TextSource:
-    """The section `name` with what it reads; DataError if that is nowhere."""
+def find_source(name: str, sections: Mapping[str, Data], store: Store, *, missing: list[str] | None = None) -> TextSource:
+    """The section `name` with what it reads; DataError if that is nowhere, or a line of it in `missing` where that is given."""
     section = sections[name]
-    files = find_rows(name, section, store) if isinstance(section, Hub | Jsonl) else None
-    prompts = find_source(section.prompts, sections, store) if isinstance(section, Teacher) else None
+    files = _rows(name, section, store, missing) if isinstance(section, Hub | Jsonl) else None
+    prompts = find_source(section.prompts, sections, store, missing=missing) if isinstance(section, Teacher) else None
     return TextSource(name, section, _seq_len(name, sections), files, prompts)
+
+
+def _rows(name: str, section: Hub | Jsonl, store: Store, missing: list[str] | None) -> RowFiles:
+    try:
+        return find_rows(name, section, store)
+    except DataError as error:
+        if missing is None:
+            raise
+        missing.append(str(error))
+        return RowFiles((), "missing")
 
 
 def _seq_len(name: str, sections: Mapping[str, Data]) -> int:

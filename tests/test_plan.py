@@ -1,5 +1,7 @@
 """Keys change with everything that can change a result, and with nothing else."""
 
+import re
+
 import pytest
 from typer.testing import CliRunner
 
@@ -315,3 +317,19 @@ def test_a_mirror_that_is_not_there_is_an_error_at_once(tiny_suite, tmp_path, mo
 def test_sampling_is_no_part_of_a_task_that_compares_likelihoods(tiny_suite, tmp_path, sampling):
     moved = changed(tiny_suite, tmp_path, "[engine]", f"[sampling]\n{sampling}\n\n[engine]")
     assert moved and all("mini_math" in label for label in moved)
+
+
+def test_a_plan_of_models_and_rows_that_are_nowhere_goes_on_and_says_all_of_them(tiny_suite):
+    text = re.sub(r'^path = ".*"$', 'path = "org/model"', tiny_suite.read_text(), count=1, flags=re.MULTILINE)
+    text = re.sub(
+        r'^source = "builtin"$',
+        'source = "jsonl"\npath = "no/rows.jsonl"\nprompt = "q"\nresponse = "a"',
+        text,
+        count=1,
+        flags=re.MULTILINE,
+    )
+    tiny_suite.write_text(text)
+    ended = CliRunner().invoke(app, ["plan", str(tiny_suite)])
+    assert ended.exit_code == 2 and "qad: train" in ended.stdout
+    assert "to mend before a run:\n  model.revision: org/model is no folder" in ended.stderr
+    assert "  data.text.path: no/rows.jsonl: there is no such file" in ended.stderr

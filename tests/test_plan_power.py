@@ -388,6 +388,7 @@ def test_greedy_answers_flip_as_in_the_newest_finished_run(without_limit, planne
     earlier(runs / "20260101-000000-a", {"bf16": same, "qad": same})
     earlier(runs / "20260102-000000-b", {"bf16": same, "qad": flipped})
     earlier(runs / "20260103-000000-c", {"bf16": same, "qad": same}, status="unfinished")
+    earlier(runs / "20260104-000000-d", {"bf16": same, "qad": same}, rehearsal=True)
     found = planned(without_limit, "--policy", tmp_path / "policy.toml")
     assert re.search(r"margin 10.0; 200 questions decide 11\.", found[1])  # 2.49 * sqrt(0.30 / 200) = 9.6, and caution
     assert "estimated from run 20260102-000000-b (qad against bf16): mini_math" in found
