@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import zipfile
 from pathlib import Path
 from typing import Any
 
-from harness.tasks import aa_lcr
+from harness import rehearsal_rows
+from harness.rehearsal_rows import aa_lcr_texts as write_texts
+
+__all__ = ["COLUMNS", "ROWS", "TEXTS", "write_copy", "write_rows", "write_texts"]
 
 TEXTS = {
     ("Legal", "law", "first.txt"): "one " * 100,
@@ -24,31 +24,14 @@ ROWS = [
     ("Marketing", "games", "4", "Which guide?", "The guide", "guide.txt"),
     ("Marketing", "games", "5", "Which other?", "The other guide", "guide.txt;lost – guide.txt"),
 ]
-COLUMNS = ["document_category", "document_set_id", "question_id", "question", "answer", "data_source_filenames"]
+COLUMNS = list(rehearsal_rows.AA_LCR_COLUMNS)
 
 
 def write_copy(mirror: Path) -> Path:
     """The files below `mirror`; returns the folder of the data set."""
-    folder = mirror / aa_lcr.DATASET
-    (folder / "extracted_text").mkdir(parents=True)
-    write_rows(folder, ROWS)
-    write_texts(folder, {f"lcr/{'/'.join(where)}": text for where, text in TEXTS.items()})
-    return folder
+    return rehearsal_rows.write_aa_lcr(mirror, ROWS, TEXTS)
 
 
 def write_rows(folder: Path, rows: list[tuple[str, ...]], **changed: Any) -> None:
     """The CSV of `rows`; their tokens are a quarter of their characters, unless `tokens` says otherwise."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, [*COLUMNS, "input_tokens"])
-    writer.writeheader()
-    for row in rows:
-        named = dict(zip(COLUMNS, row, strict=True))
-        texts = [TEXTS.get((row[0], row[1], name.strip()), "") for name in row[5].split(";")]
-        writer.writerow(named | {"input_tokens": changed.get("tokens", len(aa_lcr.frame(texts, row[3])) // 4)})
-    (folder / aa_lcr.QUESTIONS_FILE).write_text(file.getvalue(), encoding="utf-8")
-
-
-def write_texts(folder: Path, texts: dict[str, str]) -> None:
-    with zipfile.ZipFile(folder / aa_lcr.TEXTS_FILE, "w") as file:
-        for name, text in texts.items():
-            file.writestr(name, text)
+    rehearsal_rows.aa_lcr_questions(folder, rows, TEXTS, **changed)

@@ -1,10 +1,9 @@
 """Engines that know the answers of the benchmarks, as functions of a document, and made-up rows: what tests and bench/oracle.py share."""
 
-import csv
-import random
-
+from harness.rehearsal_rows import gpqa as made_up_gpqa
 from harness.schema_evaluation import Thinking
-from harness.tasks import gpqa
+
+__all__ = ["THINKING", "boxed", "made_up_gpqa", "thinking", "wrong"]
 
 THINKING = Thinking(open="<think>", close="</think>", expected=True)
 
@@ -23,24 +22,3 @@ def boxed(doc):
 def wrong(doc):
     """What answers no question."""
     return r"\boxed{-987654321}"
-
-
-_COLUMNS = ["Record ID", "Question", *gpqa._OPTIONS, "High-level domain", "Subdomain", "Explanation", "Canary String"]
-
-
-def made_up_gpqa(folder, n):
-    """Write a mirror with made-up rows of GPQA's schema: quotes, commas and line breaks within the values, as there."""
-    path = folder / "Idavidrein" / "gpqa" / "gpqa_diamond.csv"
-    path.parent.mkdir(parents=True)
-    rng = random.Random(0)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
-        writer.writeheader()
-        for i in range(n):
-            values = rng.sample(range(1000), 4)
-            writer.writerow(
-                {"Record ID": f"rec{i}", "Question": f'A body, "number {i}",\nfalls. How far?\n', "High-level domain": "Physics",
-                 "Subdomain": "Mechanics", "Explanation": "…", "Canary String": "canary"}
-                | {option: f"{value} m, or\n{value}00 cm " for option, value in zip(gpqa._OPTIONS, values, strict=True)}
-            )  # fmt: skip
-    return path
