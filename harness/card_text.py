@@ -108,6 +108,8 @@ def _provenance_of_scores(subject: Subject) -> list[str]:
     training = (subject.variant.get("training") or {}).get("seed")
     drawn = [f"sampling seed {', '.join(seeds)}"] if seeds else []
     drawn += [] if training is None else [f"training seed {training}"]
+    experts = ", ".join(dict.fromkeys(str(found) for task in tasks.values() if (found := task["kernels"].get("experts"))))
+    kernels += f"; experts by: {experts}" if experts else ""
     notes = (
         [f"Quantized linear layers were computed by: {kernels}" + ("; " + ", ".join(drawn) if drawn else "") + "."]
         if tasks
@@ -231,6 +233,8 @@ def _serving(subject: Subject) -> list[str]:
     flags = ["--kv-cache-dtype", "fp8"] if found.get("kv_cache") == "fp8" else []
     flags += ["--trust-remote-code"] if subject.about["resolved"]["model"].get("trust_remote_code") else []
     flags += ["--linear-backend", "marlin"] if kernels == {"w4a16"} and found.get("activations") else []
+    experts = {task["kernels"].get("experts") for task in subject.row["tasks"].values()}
+    flags += ["--moe-backend", "marlin"] if experts == {"w4a16"} and found.get("activations") else []
     lines = [
         "```",
         shlex.join(["vllm", "serve", ".", "--served-model-name", subject.name, *flags]),
@@ -240,7 +244,8 @@ def _serving(subject: Subject) -> list[str]:
         "a GPU that has FP4 units; on others vLLM computes with 4-bit weights and 16-bit activations, which gives other numbers.",
     ]
     if "marlin" in flags:
-        lines.append("The scores above are of 4-bit weights with 16-bit activations, which `--linear-backend marlin` asks for.")
+        asked = "`--linear-backend marlin`" + (" and `--moe-backend marlin` ask" if "--moe-backend" in flags else " asks")
+        lines.append(f"The scores above are of 4-bit weights with 16-bit activations, which {asked} for.")
     return lines
 
 

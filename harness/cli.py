@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from harness.cli_verdicts import verdict_app
+from harness.errors import HarnessError
 from harness.reporting import EXIT_GAPS, EXIT_PROBLEMS, reporting
 
 app = typer.Typer(
@@ -87,17 +88,69 @@ def prepare(
 
 
 @app.command()
+def rehearse(
+    suite: SuiteArgument,
+    results: Annotated[Path, typer.Option(help="Where the runs of rehearsals are kept.")] = Path("results/rehearsals"),
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="The model's config.json, where it is not found.")] = None,
+) -> None:
+    """Try the whole suite here in minutes, with small random models and few rows. Status 1: problems; 4: a part was not rehearsed."""
+    with reporting(is_verdict=True):
+        from rich.console import Console
+
+        from harness.progress import Reporter
+        from harness.rehearse import rehearse as try_out
+
+        found = try_out(suite, results, Reporter(Console()), config=config)
+        if found.problems:
+            raise typer.Exit(EXIT_PROBLEMS)
+        if found.left_out or found.has_gaps:
+            raise typer.Exit(EXIT_GAPS)
+
+
+@app.command()
 def plan(
     suite: SuiteArgument,
     policy: Annotated[Path | None, typer.Option(help="A release policy in place of the suite's [gate].")] = None,
     results: Annotated[Path, typer.Option(help="Where earlier runs show how much answers vary.")] = Path("results"),
+    gpu: Annotated[str | None, typer.Option(help="Plan memory, GPU-hours and disk for a100, h100, h200, b200 or b300.")] = None,
+    count: Annotated[int | None, typer.Option(help="With --gpu: GPUs of a node.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="With --gpu: nodes.", show_default="1")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --gpu: the model's config.json, where it is not found.")
+    ] = None,
 ) -> None:
-    """Show the stages of a suite: which are stored, what the others take; and which margins its gate can decide."""
+    """Show the stages of a suite: which are stored, what the others take; and which margins its gate can decide.
+
+    With --gpu, also what they need of such machines; status 1 where a stage does not fit. Nothing but a config.json is downloaded. Status 2: models
+    or rows are missing, or a run would end with [quantization], which is said at the end.
+    """
     with reporting():
+        from harness.hardware import cluster_of
         from harness.outline import outline
 
-        for line in outline(suite, policy=policy, results=results):
+        cluster = cluster_of(gpu, count, nodes, config=config)
+        missing: list[str] = []
+        for line in outline(suite, policy=policy, results=results, missing=missing):
             print(line)
+        fits = True
+        if cluster is not None:
+            from harness.plan_hardware import hardware_outlook
+
+            try:
+                found = hardware_outlook(suite, cluster, config=config)
+            except HarnessError as error:
+                if not missing:
+                    raise
+                missing.append(str(error))
+            else:
+                fits = found.fits
+                for line in found.lines:
+                    print(line)
+                missing += found.mistakes
+        if missing:
+            raise HarnessError("to mend before a run:\n" + "\n".join(f"  {line}" for line in dict.fromkeys(missing)))
+        if not fits:
+            raise typer.Exit(EXIT_PROBLEMS)
 
 
 @app.command()

@@ -127,7 +127,10 @@ def advise(
 
 @verdict_app.command()
 def nightly(
-    suites: Annotated[list[Path], typer.Argument(metavar="SUITE...", help="Suites, such as suites/*.toml.")],
+    suites: Annotated[
+        list[Path], typer.Argument(metavar="SUITE...", help="Suites, such as suites/*.toml, or lists of them (suites/nightly).")
+    ],
+    group: Annotated[str | None, typer.Option(help="Of a list of suites, the group that this machine is for.")] = None,
     results: Annotated[Path, typer.Option(help="Where results and journals are kept.")] = Path("results"),
     policy: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A release policy for all; default: [gate] of each suite.")
@@ -139,11 +142,12 @@ def nightly(
     """Run what has changed, judge it, compare it with what was accepted, build the leaderboard; the worst status of all."""
     with reporting("; what was done is kept, the same command goes on from it", is_verdict=True):
         from harness import nightly as nights
+        from harness.nightly_list import suites_of
 
         def say(line: str) -> None:
             print(line, flush=True)
 
-        status = nights.nightly(suites, results=results, policy=policy, out=out, say=say)
+        status = nights.nightly(suites_of(suites, group), results=results, policy=policy, out=out, say=say)
         if status:
             raise typer.Exit(status)
 

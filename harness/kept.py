@@ -16,13 +16,15 @@ from harness.errors import HarnessError
 
 
 def kept_digests(model: Any, left_out: Collection[str]) -> dict[str, str]:
-    """sha256 of every parameter by name, but of the linear layers named in `left_out`: their type, shape and bytes."""
+    """sha256 of every parameter and stored buffer by name, but of the linear layers named in `left_out`: their type, shape and bytes."""
     weights = {f"{name}.weight" for name in left_out}
+    stored = model.state_dict().keys()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in stored)
     found = {}
-    for name, parameter in model.named_parameters():
+    for name, kept in (*model.named_parameters(), *buffers):
         if name in weights:
             continue
-        tensor = parameter.detach().cpu().contiguous()
+        tensor = kept.detach().cpu().contiguous()
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         found[name] = digest.hexdigest()

@@ -104,6 +104,15 @@ def load_model(folder: Path, *, trust_remote_code: bool, device: torch.device) -
     return dataclasses.replace(loaded, model=loaded.model.to(device), backend=computed_by)
 
 
+def notes_of(loaded: Loaded) -> list[str]:
+    """What to say of a loaded checkpoint whose files do not settle how it computes."""
+    merged = loaded.merged_inputs
+    told = "several input scales for the experts of a layer; computed is with the largest, as engines do; harness verify names them all"
+    return (
+        [f"{', '.join(merged[:2])}{' and ' + str(len(merged) - 2) + ' more' if merged[2:] else ''}: {told}"] if merged else []
+    )
+
+
 def eos_ids(folder: Path, tokenizer: Any) -> set[int]:
     """Tokens that end a text, by the model's configuration and by the tokenizer."""
     config = json.loads((folder / "config.json").read_text())

@@ -28,7 +28,7 @@ def manifest(
         "run": run,
         "plan": plan.digest,
         "status": "complete" if is_complete else "unfinished",
-        "rehearsal": False,
+        "rehearsal": suite.is_rehearsal,
         "model": {
             "path": suite.model.path,
             "origin": plan.source.origin,

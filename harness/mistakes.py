@@ -64,7 +64,9 @@ class Mistakes:
         else:
             plain = re.sub(r"^data\.[^.]+\.", "data.", re.sub(r"\[\d+\]", "", key))
             hint = (
-                " (the commit, 40 hex digits: a branch or tag can move)" if plain in ("model.revision", "data.revision") else ""
+                " (the commit, 40 hex digits: a branch or tag can move)"
+                if plain in ("model.revision", "data.revision", "variant.revision")
+                else ""
             )
             if plain.endswith("margin"):
                 hint = " (a margin is how much damage is allowed, in points)"

@@ -137,12 +137,17 @@ def download(model: Model) -> Path:
         ) from error
 
 
-def checkpoint_source(path: str, store: Store) -> Source:
-    """The folder of a checkpoint that was made elsewhere."""
-    folder = Path(path).expanduser()
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"variant path {folder}: not a checkpoint folder (it holds no config.json)")
-    return Source(folder, None, folder_fingerprint(folder, store), f"folder {folder}")
+def checkpoint_source(name: str, model: Model, store: Store) -> Source:
+    """A checkpoint that was made elsewhere, of the variant `name`: a folder, or a hub id with its revision."""
+    folder = Path(model.path).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(f'variant "{name}": path {folder}: not a checkpoint folder (it holds no config.json)')
+    if model.path.startswith("package:"):
+        raise ModelError(f'variant "{name}": path {model.path}: a GGUF file is no checkpoint; give a folder or a hub id')
+    try:
+        return resolve_model(model, store)
+    except ModelError as error:
+        raise ModelError(f'variant "{name}": {str(error).removeprefix("model.")}') from None
 
 
 def mirror_folder(name: str) -> Path | None:

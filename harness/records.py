@@ -65,7 +65,7 @@ def open_run(
 
     A complete run is never written again: where work is left although it is complete (the cache was deleted), or where it lists other
     imported results than those of these identities, or other settings that results are read by, or does not say that it is no rehearsal, a new
-    one begins.
+    one begins. A rehearsal is never gone on with, complete or not.
     """
     for path in sorted((results / suite).glob("*/run.json"), reverse=True):
         with contextlib.suppress(StoreError):  # an older run that cannot be read is not this one
@@ -78,6 +78,8 @@ def open_run(
                 and listed == list(imported)
                 and read == json.loads(json.dumps(read_by or {}))
             )
+            if about.get("rehearsal"):  # what it had made is gone
+                continue
             if about.get("plan") == digest and (is_current or about.get("status") != "complete"):
                 return path.parent
     folder = results / suite / f"{time.strftime('%Y%m%d-%H%M%S')}-{digest[:8]}"
@@ -103,11 +105,18 @@ def is_complete(run: Path) -> bool:
     return (run / "run.json").is_file() and read_json(run / "run.json")["status"] == "complete"
 
 
-def write_rows(folder: Path, stages: list[tuple[Any, StoredStage]], imported: Sequence[dict[str, Any]] = ()) -> None:
+def write_rows(
+    folder: Path,
+    stages: list[tuple[Any, StoredStage]],
+    imported: Sequence[dict[str, Any]] = (),
+    *,
+    is_rehearsal: bool = False,
+) -> None:
     """Write the row files and samples of a run from its finished stages, given as (planned stage, stored stage).
 
-    imported: rows of tasks.jsonl that were scored elsewhere; they stand last.
+    imported: rows of tasks.jsonl that were scored elsewhere; they stand last. is_rehearsal: every row says so.
     """
+    mark = {"rehearsal": True} if is_rehearsal else {}
     tasks, subtasks, diagnostics, sequences = [], [], [], []
     with disk_errors(f"the run folder {folder}"):
         for stage, stored in stages:
@@ -129,9 +138,9 @@ def write_rows(folder: Path, stages: list[tuple[Any, StoredStage]], imported: Se
                 sequences += [{"schema": SCHEMA, "variant": stage.variant.name, **row} for row in rows]
             elif stage.kind == "train":
                 _copy(stored.folder / "training.jsonl", folder / "training" / f"{stage.variant.name}.jsonl")
-        write_lines(folder / "tasks.jsonl", [*tasks, *imported])
-        write_subtasks(folder, subtasks)
-        write_lines(folder / "diagnostics.jsonl", diagnostics)
+        write_lines(folder / "tasks.jsonl", [row | mark for row in (*tasks, *imported)])
+        write_subtasks(folder, [row | mark for row in subtasks])
+        write_lines(folder / "diagnostics.jsonl", [row | mark for row in diagnostics])
         write_lines(folder / "diagnostics_sequences.jsonl", sequences)
 
 

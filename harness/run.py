@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.done import about_stage, adopt_imported, find_done, is_done, require_keys
+from harness.hub_models import require_loadable
 from harness.imports import copy_imported, identities, imported_for
 from harness.manifest import manifest, read_by
 from harness.plan import Plan, Stage, make_plan
@@ -18,7 +19,7 @@ from harness.provenance import peak_memory, provenance
 from harness.records import is_complete, open_results, open_run, read_json, read_lines, write_rows
 from harness.score_files import write_missing_scores, write_scores
 from harness.store import Store, cache_folder, disk_errors, write_json
-from harness.suite import load_suite
+from harness.suite import Suite, load_suite
 from harness.tables import build_grid, build_table, print_grid, write_tables
 from harness.torchrun import follow, is_follower, leading
 
@@ -31,7 +32,11 @@ def run_suite(path: Path, results: Path, only: tuple[str, ...], reporter: Report
 
     Of several ranks under torchrun the first does this; the others take part in training alone. Returns whether responses are missing.
     """
-    suite = load_suite(path)
+    return run_loaded(load_suite(path), results, only, reporter)
+
+
+def run_loaded(suite: Suite, results: Path, only: tuple[str, ...], reporter: Reporter, *, journals: Path | None = None) -> bool:
+    """The same of a suite that is read already. journals: where responses are kept, if not with the results."""
     store = Store(cache_folder())
     plan = make_plan(suite, store, only=only)
     unused = adopt_imported(plan, store)
@@ -41,7 +46,7 @@ def run_suite(path: Path, results: Path, only: tuple[str, ...], reporter: Report
     with leading():
         for line in unused:
             reporter.say(f"  {line}")
-        return _run(plan, store, open_results(results), reporter)
+        return _run(plan, store, open_results(results), reporter, journals or results / "journals")
 
 
 def prepare_suite(path: Path, results: Path, reporter: Reporter) -> None:
@@ -53,14 +58,13 @@ def prepare_suite(path: Path, results: Path, reporter: Reporter) -> None:
     if all(is_done(stage, store) for stage in wanted):
         reporter.say(f"{suite.name}: all {len(wanted)} tasks are prepared")
         return
-    bench = _bench(plan, store, open_results(results), reporter)
-    with contextlib.closing(bench):
+    with contextlib.closing(_bench(plan, store, open_results(results) / "journals", reporter)) as bench:
         for stage in (plan.stages[0], *wanted):
             if not is_done(stage, store):
                 _do_stage(bench, stage, store)
 
 
-def _run(plan: Plan, store: Store, results: Path, reporter: Reporter) -> bool:
+def _run(plan: Plan, store: Store, results: Path, reporter: Reporter, journals: Path) -> bool:
     suite = plan.suite
     pending = [stage for stage in plan.stages if not is_done(stage, store)]
     listed = identities(plan, results)
@@ -69,7 +73,7 @@ def _run(plan: Plan, store: Store, results: Path, reporter: Reporter) -> bool:
         reporter.say(f"{suite.name}: nothing to do, all {len(plan.stages)} stages are stored")
     try:
         if pending:
-            _do(plan, store, results, folder, reporter)
+            _do(plan, store, journals, folder, reporter)
     finally:  # an interrupted run shows what it has
         if pending or not is_complete(folder):
             _write(plan, store, folder)
@@ -84,22 +88,21 @@ def _run(plan: Plan, store: Store, results: Path, reporter: Reporter) -> bool:
     return bool(gaps)
 
 
-def _do(plan: Plan, store: Store, results: Path, folder: Path, reporter: Reporter) -> None:
+def _do(plan: Plan, store: Store, journals: Path, folder: Path, reporter: Reporter) -> None:
     require_keys(plan, store)
-    n_pending = sum(not is_done(stage, store) for stage in plan.stages)
-    reporter.say(f"{plan.suite.name}: {n_pending} of {len(plan.stages)} stages to do")
+    reporter.say(f"{plan.suite.name}: {sum(not is_done(s, store) for s in plan.stages)} of {len(plan.stages)} stages to do")
     for note in plan.source.notes:
         reporter.say(f"  {note}")
-    bench = _bench(plan, store, results, reporter)
-    with contextlib.closing(bench):
+    with contextlib.closing(_bench(plan, store, journals, reporter)) as bench:
         _do_stages(bench, plan, store, folder, reporter)
 
 
-def _bench(plan: Plan, store: Store, results: Path, reporter: Reporter) -> Workbench:
+def _bench(plan: Plan, store: Store, journals: Path, reporter: Reporter) -> Workbench:
+    require_loadable(stage.source.wanted for stage in plan.stages if stage.source is not None)
     os.environ["TQDM_DISABLE"] = "1"  # before the libraries that read it are imported: the progress shown is ours
     from harness.stages import Workbench
 
-    return Workbench(plan, store, results / "journals", reporter)
+    return Workbench(plan, store, journals, reporter)
 
 
 def _do_stages(bench: Workbench, plan: Plan, store: Store, folder: Path, reporter: Reporter) -> None:
@@ -132,7 +135,7 @@ def _write(plan: Plan, store: Store, folder: Path) -> None:
     is_complete_now = all(is_done(stage, store) for stage in plan.stages)
     imported = imported_for(plan, folder.parent.parent)
     with disk_errors(f"the run folder {folder}"):
-        write_rows(folder, done, copy_imported(imported, folder))
+        write_rows(folder, done, copy_imported(imported, folder), is_rehearsal=plan.suite.is_rehearsal)
         write_scores(folder, read_lines(folder / "tasks.jsonl"))
         about = manifest(plan, done, run=folder.name, is_complete=is_complete_now, imported=[each.about() for each in imported])
         write_json(folder / "run.json", about)

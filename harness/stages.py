@@ -21,13 +21,16 @@ from harness.done import is_done
 from harness.engines.serving import Serving
 from harness.errors import DataError, HarnessError, ModelError
 from harness.kept import kept_digests, require_kept
+from harness.load_back import load_back
 from harness.models import folder_fingerprint, folder_of, require_kind, text_config
 from harness.plan import Plan, Stage
 from harness.processor import Processor, load_processor
 from harness.processor_checks import require_same_images
 from harness.progress import Reporter
 from harness.provenance import RECORDED, package_versions
-from harness.recipes import recipe_of
+from harness.recipes import recipe_of, unrouted_experts, what_was_unrouted
+from harness.schema_data import Generated
+from harness.schema_server import kinds_of
 from harness.store import Store, write_json
 from harness.tasks.needs import require
 from harness.token_store import StoredSequences
@@ -87,6 +90,8 @@ class Workbench:
             self._serving.close()
         if stage.kind not in ("judge", "score"):
             self._close_judge()
+        if _is_served_elsewhere(stage) or stage.kind == "quantize":
+            self.make_room()
         try:
             return work[stage.kind](stage, folder)
         except (RuntimeError, MemoryError) as error:
@@ -98,6 +103,13 @@ class Workbench:
                 "requests; or use a machine with more"
             ) from error
 
+    def make_room(self) -> None:
+        """Let go of the models on the GPU, before another model or a process takes their place: what is needed again is read again."""
+        if torch.cuda.is_available():
+            self._loaded.clear()
+            self.teacher_hidden.clear()
+            torch.cuda.empty_cache()
+
     def check_suite(self) -> None:
         """Raise now what would otherwise end the run after hours: recipes that do not fit, text that is too short."""
         bf16 = self.plan.stages[0]
@@ -108,7 +120,8 @@ class Workbench:
             self._judge.require(self.folder_of(stage.inputs["judge"]))
         for variant in self.plan.variants:
             if variant.quantization is not None:
-                match(self.load(bf16).model, recipe_of(variant.quantization))
+                model = self.load(bf16).model
+                self._serving.require_layers(variant.name, match(model, recipe_of(variant.quantization, model)))
         for stage in self.plan.stages:
             if stage.kind == "train":
                 training.check(self, stage)
@@ -176,14 +189,18 @@ class Workbench:
     def _calibrate(self, stage: Stage, folder: Path) -> dict[str, Any]:
         sequences = self.sequences(stage.inputs["data"], _SPLIT_OF[stage.kind], stage.sections["samples"])
         batches = Inputs(batches_of(sequences, self.reader), ranks.device())
-        model, recipe = self.load(stage.inputs["model"]).model, recipe_of(stage.quantization)
+        model = self.load(stage.inputs["model"]).model
+        recipe = recipe_of(stage.quantization, model)
         skip = stage.sections["skip_first_token"]
         with self.reporter.track(stage.label) as advance:
             amax = calibrate(model, recipe, ticking(batches, advance), skip_first_token=skip)
             if stage.sections["second_moments"]:
                 save_file(second_moments(model, recipe, batches, skip_first_token=skip), folder / SECOND_MOMENTS)
         write_json(folder / "input_amax.json", amax)
-        return {"n_sequences": len(sequences), "n_tokens": sum(map(len, sequences))}
+        unrouted = {"unrouted_experts": amax.unrouted_experts} if amax.unrouted_experts else {}
+        if (line := what_was_unrouted(unrouted)) is not None:
+            self.reporter.say(f"  {stage.label}: {line}")
+        return {"n_sequences": len(sequences), "n_tokens": sum(map(len, sequences)), **unrouted}
 
     def _quantize(self, stage: Stage, folder: Path) -> dict[str, Any]:
         limits = stage.quantization.calibration
@@ -295,8 +312,8 @@ class Workbench:
 
         choices: further arguments of `quantize_model`.
         """
-        recipe = recipe_of(stage.quantization)
         model = self._read(self.folder_of(stage.inputs["model"]), torch.device("cpu")).model
+        recipe = recipe_of(stage.quantization, model)
         targets = match(model, recipe)
         kept = kept_digests(model, targets.members)
         amax = json.loads((self.folder_of(stage.inputs["calibration"]) / "input_amax.json").read_text())
@@ -306,12 +323,8 @@ class Workbench:
     def export(
         self, stage: Stage, folder: Path, student: dict[str, Any], targets: Any, *, trained: Collection[str] = ()
     ) -> dict[str, Any]:
-        """Write the checkpoint of a fresh student and load it back, bit for bit.
-
-        Its logits are held against those of the model in memory, and what was neither quantized nor is named in `trained` against the
-        BF16 model.
-        """
-        model = student["model"]
+        """Write the checkpoint of a fresh student and load it back, bit for bit; what is not quantized, nor in `trained`, is the BF16 model's."""
+        model, unrouted = student["model"], unrouted_experts(self.store.find(stage.inputs["calibration"].key))
         companions = self.folder_of(stage.inputs["model"])
         record = {
             "stage": stage.key,
@@ -321,22 +334,15 @@ class Workbench:
             "training": stage.sections.get("training"),
             "objective": stage.sections.get("objective"),
             "packages": package_versions(RECORDED),
+            **unrouted,
         }
         write_checkpoint(folder, model, targets=targets, companions=companions, record=record, layout=stage.quantization.layout)
-        loaded = self._read(folder, ranks.device())
         batches = batches_of(self._held_out(stage), self.reader)
-        batch = next((batch for batch in batches if batch.is_image is not None), batches[0]).to(ranks.device())
-        with torch.no_grad():
-            inputs = batch.inputs
-            expected = model.to(ranks.device()).eval()(**inputs).logits
-            found = loaded.model(**inputs).logits
-        if not torch.equal(expected, found):
-            difference = float((expected.float() - found.float()).abs().max())
-            raise HarnessError(
-                f"{stage.label}: the exported checkpoint does not reproduce the model in memory (logits differ by up to {difference:g}); report this"
-            )
-        both = [kept_digests(each, targets.members) for each in (model, loaded.model)]
-        return {"load_back": "identical logits", "kept": require_kept(stage.label, student["kept"], *both, trained=trained)}
+        batch = next((batch for batch in batches if batch.is_image is not None), batches[0])
+        loaded = load_back(stage.label, model, lambda: self._read(folder, ranks.device()).model, batch, ranks.device())
+        both = [kept_digests(each, targets.members) for each in (model, loaded)]
+        kept = require_kept(stage.label, student["kept"], *both, trained=trained)
+        return {"load_back": "identical logits", "kept": kept, **unrouted}
 
     def load(self, stage: Stage) -> Loaded:
         """The checkpoint of a stage, from disk; the BF16 model and one other stay in memory."""
@@ -364,7 +370,10 @@ class Workbench:
         return loading.load_tokenizer(folder, trust_remote_code=self.plan.suite.model.trust_remote_code)
 
     def _read(self, folder: Path, device: torch.device) -> Loaded:
-        return loading.load_model(folder, trust_remote_code=self.plan.suite.model.trust_remote_code, device=device)
+        loaded = loading.load_model(folder, trust_remote_code=self.plan.suite.model.trust_remote_code, device=device)
+        for line in loading.notes_of(loaded):
+            self.reporter.say(f"  {folder.name}: {line}")
+        return loaded
 
     def _held_out(self, stage: Stage) -> StoredSequences:
         """What an export is compared on: the first sequences of the validation split of its data, of which there must be one."""
@@ -383,3 +392,9 @@ class Workbench:
                 f"missing{missing}: lower samples or add data"
             )
         return found
+
+
+def _is_served_elsewhere(stage: Stage) -> bool:
+    """Whether a process of its own computes the answers of a stage on this machine."""
+    section = stage.text.section if stage.text is not None else None
+    return "vllm" in kinds_of(stage.sections.get("engine", {})) or (isinstance(section, Generated) and section.engine == "vllm")

@@ -56,6 +56,7 @@ class ResolvedVariant:
     defaults: tuple[str, ...] = ()
     endpoint: Endpoint | None = None
     sampling_seed: int | None = None
+    revision: str | None = None
 
     @property
     def is_trained(self) -> bool:
@@ -77,6 +78,7 @@ class Suite:
     diagnostics: Diagnostics | None
     gate: Gate | None
     reference: Reference | None
+    is_rehearsal: bool = False  # scaled down to be tried out: its figures say nothing
 
     @property
     def baseline(self) -> ResolvedVariant:
@@ -119,7 +121,11 @@ _METHOD_ORDER = ("bf16", "checkpoint", "ptq", "qad", "qat")
 
 def load_suite(path: Path) -> Suite:
     """Parse and validate the suite at `path`; SuiteError with one line a mistake."""
-    raw = read_toml(path, what="suite", example="suites/quickstart.toml")
+    return parse_suite(path, read_toml(path, what="suite", example="suites/quickstart.toml"))
+
+
+def parse_suite(path: Path, raw: dict[str, Any]) -> Suite:
+    """Validate what was read from the suite at `path`; SuiteError with one line a mistake."""
     return _Validation(path, raw).suite()
 
 
@@ -181,9 +187,13 @@ class _Validation:
                     f"{where}.quantization.block_scales", 'has no effect with method = "ptq": it is about training; remove it'
                 )
             if variant.method == "checkpoint" and variant.path is None:
-                self.mistakes.add(f"{where}.path", 'missing; method = "checkpoint" needs the folder of the checkpoint')
+                self.mistakes.add(
+                    f"{where}.path",
+                    'missing; method = "checkpoint" needs the folder of the checkpoint, or its hub id with a revision',
+                )
             for key, allowed in (
                 ("path", variant.method == "checkpoint"),
+                ("revision", variant.method == "checkpoint"),
                 ("data", trained),
                 ("training", trained),
                 ("seeds", trained),
@@ -220,6 +230,7 @@ class _Validation:
                         tuple(defaults),
                         variant.endpoint,
                         variant.sampling_seed,
+                        variant.revision,
                     )
                 )
         for name in _repeated([variant.name for variant in resolved]):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _PARAMETERS = ("temperature", "top_p", "top_k", "max_tokens")
 GREY = "-grey"
 """What the name of a task ends with whose pictures are grey: its own name stands for its scores."""
+N_REHEARSED, REHEARSED_TOKENS = 2, 16
+"""Of a task in a rehearsal: its first questions, and the length of their answers."""
 _ALMOST = 0.85
 """How alike two names are of which one is taken for the other, mistyped."""
 
@@ -172,9 +174,13 @@ def same_files(variants: list[str], tasks: tuple[ResolvedTask, ...]) -> list[str
     ]
 
 
-def plain_task(name: str, thinking: Thinking | None, system_prompt: str | None) -> ResolvedTask:
-    """A task as its file has it, once: what a training selects its checkpoint by."""
-    return ResolvedTask(name, None, None, 1, {}, 0, None, {}, thinking, system_prompt, None)
+def plain_task(name: str, thinking: Thinking | None, system_prompt: str | None, *, is_rehearsal: bool = False) -> ResolvedTask:
+    """A task as its file has it, once: what a training selects its checkpoint by. is_rehearsal: a few questions, answered in short."""
+    limit, sampling = None, {}
+    if is_rehearsal:
+        limit = N_REHEARSED
+        sampling = {} if gives_answers(name) is False else {"max_tokens": REHEARSED_TOKENS}
+    return ResolvedTask(name, None, limit, 1, sampling, 0, None, {}, thinking, system_prompt, None)
 
 
 def looks_mistyped(name: str) -> bool:

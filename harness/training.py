@@ -58,6 +58,7 @@ def train(bench: Workbench, stage: Stage, folder: Path) -> dict[str, Any]:
     with together(), bench.reporter.training(f"{stage.label} ({steps.n_tokens:,} tokens)", len(steps)) as view:
         outcome = _distil(bench, stage, steps, _Watcher(view))
     done = outcome.training
+    bench.make_room()
     student, targets = bench.fresh_student(stage, start_of(bench, stage))
     restore(student["modules"], student["model"], outcome.chosen)
     record = {
@@ -111,6 +112,7 @@ def select(bench: Workbench, stage: Stage, folder: Path) -> dict[str, Any]:
         for candidate in candidates.kept
     ]
     best = max(judged, key=lambda row: (sum(row["scores"].values()) / len(row["scores"]), -row["loss"]))
+    bench.make_room()
     student, targets = bench.fresh_student(trained, start_of(bench, trained))
     restore(student["modules"], student["model"], candidates.read(Candidate(best["loss"], best["step"])))
     selection = {**found.record["result"]["selection"], "step": best["step"], "tasks": list(stage.sections["tasks"])}
@@ -135,7 +137,7 @@ def check(bench: Workbench, stage: Stage) -> None:
     model = bench.load(stage.inputs["model"]).model
     names = names_of(
         model,
-        match(model, recipe_of(quantization)),
+        match(model, recipe_of(quantization, model)),
         train=settings.train,
         learned_scales=quantization.block_scales == "learned",
     )

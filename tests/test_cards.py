@@ -301,8 +301,12 @@ def test_serving_asks_for_what_the_checkpoint_needs(tmp_path):
     assert "vllm serve . --served-model-name Base-7B-NVFP4-QAD --kv-cache-dtype fp8\n" in text
     w4a16 = {"qad": {"kernels": {"linear": "w4a16", "kv_cache": "bf16"}}}
     assert "--linear-backend marlin" in card_of(tmp_path / "w4a16", row_changes=w4a16)[0]
+    w4a16["qad"]["kernels"]["experts"] = "w4a16"
+    text = card_of(tmp_path / "experts", row_changes=w4a16)[0]
+    assert "--linear-backend marlin --moe-backend marlin\n" in text and "experts by: w4a16" in text
+    assert "which `--linear-backend marlin` and `--moe-backend marlin` ask for" in text
     plain = card_of(tmp_path / "plain")[0]
-    assert "--kv-cache-dtype" not in plain and "--linear-backend" not in plain
+    assert "--moe-backend" not in plain and "--kv-cache-dtype" not in plain and "--linear-backend" not in plain
 
 
 def test_another_layout_than_the_scored_one_is_told(tmp_path):

@@ -222,8 +222,13 @@ NVFP4 = {"activations": True, "fp8": [], "kv_cache": "bf16"}
     ("quantization", "kernels", "reason"),
     [
         (NVFP4, {"kv_cache": "bf16", "experts": "w4a4_emulation"}, None),
-        (NVFP4, {"experts": "w4a16"}, "computed with w4a16 (experts); admitted: kernels = w4a4_emulation"),
+        (NVFP4, {"experts": "w4a16"}, "computed with w4a16 (experts); admitted: kernels = bf16, w4a4_emulation"),
         (NVFP4, {"experts": None}, "computed with unknown kernels (experts)"),
+        (NVFP4, {"experts": "w4a16+w4a4_emulation"}, "computed with w4a16 (experts); admitted: kernels = bf16, w4a4_emulation"),
+        (NVFP4, {"experts": "bf16"}, None),  # left alone by the recipe: what ships is in BF16 there
+        (NVFP4, {"linear": "bf16", "experts": "w4a4_emulation"}, None),
+        (NVFP4, {"linear": "bf16", "experts": "bf16"}, "computed with bf16; admitted: kernels = w4a4_emulation"),
+        (NVFP4, {"linear": "bf16", "experts": "w4a16"}, "computed with w4a16 (experts); admitted: kernels = w4a4_emulation"),
         (NVFP4, {"kv_cache": "fp8"}, "computed with fp8 (kv_cache); admitted: bf16"),
         (NVFP4, {"kv_cache": "unknown"}, "computed with unknown kernels (kv_cache)"),
         (NVFP4, {"linear_fp8": "w8a16"}, "computed with w8a16 (linear_fp8); admitted: FP8 times FP8"),
@@ -231,6 +236,20 @@ NVFP4 = {"activations": True, "fp8": [], "kv_cache": "bf16"}
         (NVFP4 | {"fp8": ["*"]}, {"linear_fp8": "CutlassFP8ScaledMMLinearKernel"}, None),
         (NVFP4 | {"fp8": ["*"]}, {"linear_fp8": "MarlinFP8ScaledMMLinearKernel"}, "MarlinFP8ScaledMMLinearKernel (linear_fp8)"),
         (NVFP4 | {"fp8": ["*"]}, {}, "computed with unknown kernels (linear_fp8)"),
+        (NVFP4 | {"fp8": ["*"]}, {"linear": "bf16", "linear_fp8": "w8a8_emulation", "experts": "w4a4_emulation"}, None),
+        (NVFP4 | {"fp8": ["*"]}, {"experts": "w8a8_emulation"}, None),  # then no other layer has to be FP8
+        (
+            NVFP4 | {"fp8": ["*"]},
+            {"experts": "w8a16"},
+            "w8a16 (experts); admitted: kernels = bf16, w4a4_emulation, or FP8 times FP8",
+        ),
+        (NVFP4, {"experts": "w8a8_emulation"}, "w8a8_emulation (experts); admitted: kernels = bf16, w4a4_emulation"),
+        (
+            NVFP4 | {"fp8": ["*"]},
+            {"linear": "bf16", "experts": "w8a8_emulation"},
+            "computed with bf16; admitted: kernels = w4a4",
+        ),
+        (None, {"experts": "w8a8_emulation"}, None),
         (NVFP4 | {"kv_cache": "fp8"}, {"kv_cache": "fp8_emulation"}, None),
         (NVFP4 | {"kv_cache": "fp8"}, {"kv_cache": "fp8"}, None),
         (NVFP4 | {"kv_cache": "fp8"}, {"kv_cache": "bf16"}, "computed with bf16 (kv_cache); admitted: fp8 or fp8_emulation"),
@@ -427,6 +446,31 @@ def test_missing_answers_of_the_baseline_count_as_wrong_and_as_right_beside_a_pu
     found = judged(baseline=answers("bf16", "maths", scores), rule=policy(min_coverage=0.9), **reference(value))
     assert found.verdict == verdict
     assert "by what the missing answers would have been, published is" in check_of(found, "BF16 in maths").reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "reason"),
+    [
+        (
+            {"metric": "by_step"},
+            "BF16 in maths by_step",
+            "the published figure of maths is of by_step, and what is judged of exact_match: not compared with the published 10",
+        ),
+        (
+            {"task": "diagnostics", "metric": "ce"},
+            "BF16 in CE",
+            "ce is in nats, and the band in points: not compared with the published 10",
+        ),
+    ],
+)
+def test_a_published_figure_of_another_metric_or_in_nats_is_not_held_against_a_score_and_that_is_said(changes, name, reason):
+    verdict = judged(**reference(10.0, **changes))
+    check = check_of(verdict, name)
+    assert verdict.verdict == "GO" and (check.tier, check.reasons) == ("advisory", (reason,))
+
+
+def test_a_published_figure_that_names_the_metric_in_the_table_is_held_against_it():
+    assert judged(**reference(10.0, metric="exact_match")).verdict == "INCONCLUSIVE"
 
 
 def test_a_published_figure_of_nobody_is_named_and_makes_the_baseline_suspect():

@@ -270,11 +270,13 @@ def test_bf16_asked_again_is_neither_ranked_nor_the_baseline(results):
 
 
 @pytest.mark.parametrize("published", [50.0, 54.9, 55.0, 60.0, 65.0, 65.1])
+@pytest.mark.parametrize("metric", [None, "exact_match", "another"])
 @pytest.mark.parametrize("changes", [{}, {"is_partial": True}, {"unit": "nats"}])
-def test_a_baseline_is_suspect_here_where_the_gate_calls_it_so(results, published, changes):
+def test_a_baseline_is_suspect_here_where_the_gate_calls_it_so(results, published, changes, metric):
     """But for one whose answers are missing, which is incomplete here, and never ranked for that alone."""
     run = with_values(make_run(results, 1, tasks=1), {"bf16": 0.6})
-    reference = {"source": "a paper", "band": 5.0, "figure": [{"variant": "bf16", "task": "task_0", "value": published}]}
+    figure = {"variant": "bf16", "task": "task_0", "metric": metric, "value": published}
+    reference = {"source": "a paper", "band": 5.0, "figure": [figure]}
     change(run / "run.json", lambda about: about["resolved"].update(reference=reference))
     change(run / "tasks.jsonl", lambda row: row.update(changes) if row["variant"] == "bf16" else None)
     theirs = [check for check in sanity_checks(open_run_evidence(run), "bf16") if check.tier == "critical"]

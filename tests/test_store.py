@@ -162,6 +162,9 @@ def test_a_complete_run_is_never_written_again_when_there_is_work(tmp_path):
     assert open_run(tmp_path, "s", "d" * 12, has_work=True) != second
     write_json(second / "run.json", {key: about[key] for key in about if key != "rehearsal"})
     assert open_run(tmp_path, "s", "d" * 12, has_work=False) != second, "it does not say that it is no rehearsal"
+    for status in ("unfinished", "complete"):
+        write_json(second / "run.json", about | {"status": status, "rehearsal": True})
+        assert open_run(tmp_path, "s", "d" * 12, has_work=True) != second, "what a rehearsal had made is gone"
 
 
 def test_another_gate_makes_another_run_of_what_is_stored(tmp_path):

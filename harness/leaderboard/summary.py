@@ -162,7 +162,8 @@ def _suspicions(
     found = []
     for figure in reference["figure"]:
         row = rows.get((baseline, figure["task"])) if baseline is not None else None
-        if row is None or figure["variant"] not in (baseline, "bf16") or not _is_comparable(row):
+        is_of_it = row is not None and figure.get("metric") in (None, row["metric"])
+        if row is None or not is_of_it or figure["variant"] not in (baseline, "bf16") or not _is_comparable(row):
             continue
         points = 100 * row["value"]
         if abs(points - figure["value"]) > reference["band"]:
