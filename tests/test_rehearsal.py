@@ -9,6 +9,7 @@ import pytest
 
 from harness.data import split_of
 from harness.errors import SuiteError
+from harness.plan import make_plan
 from harness.rehearsal import CONTEXT, MAX_TOKENS, N_QUESTIONS, scale
 from harness.rehearsal_data import QUOTAS, write_data
 from harness.rehearsal_pictures import write_set
@@ -77,6 +78,25 @@ def test_every_scaled_suite_is_small(path, tmp_path):
     for engine in (suite.engine, *([suite.judge.engine] if suite.judge else [])):
         assert engine.args.get("max_model_len", CONTEXT) <= CONTEXT
         assert not {"tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization"} & engine.args.keys()
+
+
+def test_tasks_that_choose_a_checkpoint_are_asked_in_short_too(path, tmp_path):
+    scaled = scale(path, tmp_path / "work")
+    seeing = {"vision_config": {"hidden_size": 16}} if scaled.suite.model.kind == "image-text" else {}
+    for twin in scaled.twins:
+        twin.folder.mkdir(parents=True)
+        (twin.folder / "config.json").write_text(json.dumps(seeing))
+        (twin.folder / "model.safetensors").write_text(twin.path + twin.role)
+    stages = make_plan(scaled.suite, Store(tmp_path / "cache"), missing=[]).stages
+    chosen_by = [role.task for stage in stages if stage.kind == "select" for role in stage.inputs.values() if role.task]
+    wanted = [
+        name
+        for v in scaled.suite.variants
+        if v.training and v.training.select == "best_of_k"
+        for name in v.training.select_tasks
+    ]
+    assert len(chosen_by) == len(wanted)
+    assert all(task.limit <= N_QUESTIONS and task.sampling.get("max_tokens", MAX_TOKENS) <= MAX_TOKENS for task in chosen_by)
 
 
 def test_no_model_but_a_twin_is_named_in_a_scaled_suite(path, tmp_path):
