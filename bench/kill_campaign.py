@@ -43,7 +43,7 @@ source = "builtin"
 seq_len = 512
 
 [training]
-tokens = 24_000
+tokens = {tokens}
 batch_size = 2
 micro_batch_size = 1
 lr = 1e-3
@@ -83,9 +83,9 @@ def main() -> None:
     sys.exit(0 if equal == given.kills else 1)
 
 
-def campaign(folder: Path, *, kills: int, seed: int) -> int:
-    """How many of `kills` killed runs ended with identical weights."""
-    suite = _suite(folder)
+def campaign(folder: Path, *, kills: int, seed: int, n_steps: int = N_STEPS) -> int:
+    """How many of `kills` killed runs, of `n_steps` steps or a few more, ended with identical weights."""
+    suite = _suite(folder, n_steps)
     _finish(_start(suite, folder / "alone"))
     expected, _ = _trained(folder / "alone")
     dice, equal = random.Random(seed), 0
@@ -95,7 +95,7 @@ def campaign(folder: Path, *, kills: int, seed: int) -> int:
         while moment is None:
             shutil.rmtree(work, ignore_errors=True)
             _without_training(folder / "alone", work)
-            moment = _kill_in_training(suite, work, dice)
+            moment = _kill_in_training(suite, work, dice, n_steps)
         _finish(_start(suite, work))
         found, record = _trained(work)
         equal += found == expected
@@ -108,13 +108,13 @@ def campaign(folder: Path, *, kills: int, seed: int) -> int:
     return equal
 
 
-def _suite(folder: Path) -> Path:
+def _suite(folder: Path, n_steps: int) -> Path:
     sys.path.insert(0, str(REPOSITORY / "tests"))
     from conftest import build_tiny_model
 
     folder.mkdir(parents=True, exist_ok=True)
     suite = folder / "killed.toml"
-    suite.write_text(SUITE.format(model=build_tiny_model(folder / "model")))
+    suite.write_text(SUITE.format(model=build_tiny_model(folder / "model"), tokens=1000 * n_steps))
     return suite
 
 
@@ -136,9 +136,9 @@ def _finish(process: subprocess.Popen[str]) -> None:
         raise SystemExit(f"the command ended with status {process.returncode}:\n{output}")
 
 
-def _kill_in_training(suite: Path, root: Path, dice: random.Random) -> str | None:
+def _kill_in_training(suite: Path, root: Path, dice: random.Random, n_steps: int) -> str | None:
     """Kill the command after a random number of checkpoints and a moment more; None where it ended before."""
-    wanted, more = 2 * dice.randrange(0, N_STEPS // 2 - 1), dice.random() * 0.2
+    wanted, more = 2 * dice.randrange(0, n_steps // 2 - 1), dice.random() * 0.2
     process = _start(suite, root)
     reached = -1
     while reached < wanted and process.poll() is None:

@@ -9,17 +9,16 @@ questions, and its standard error. Asked for: every difference within three of t
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from engine_runs import REPOSITORY, run_suite, too_far
+
 from harness.evidence import RunEvidence, open_run_evidence, pair
 from harness.paired import paired_difference
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = REPOSITORY / "suites" / "models" / "embedded_vlm"
 TASKS = ("mini_chart", "mini_document", "mini_diagram", "mini_ocr")
 ENGINES = {
@@ -71,7 +70,7 @@ class Agreement(NamedTuple):
 
     @property
     def is_within(self) -> bool:
-        return abs(self.difference) <= 3 * self.stderr
+        return not too_far(self.difference, self.stderr)
 
 
 def main() -> None:
@@ -85,14 +84,9 @@ def main() -> None:
 
 def ask(engine: str, questions: int, results: Path) -> Path:
     """Run the suite with one engine; the folder of its run."""
-    results.mkdir(parents=True, exist_ok=True)
-    suite = results / f".vision-agree-{engine}.toml"
     tasks = "".join(f'[[task]]\nname = "{task}"\nlimit = {questions}\n\n' for task in TASKS)
-    suite.write_text(SUITE.format(engine=engine, model=MODEL, tasks=tasks, settings=ENGINES[engine]))
-    paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "harness", "run", str(suite), "--results", str(results / "agree")]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": paths})
-    return sorted((results / "agree" / f"vision-agree-{engine}").glob("*/run.json"))[-1].parent
+    text = SUITE.format(engine=engine, model=MODEL, tasks=tasks, settings=ENGINES[engine])
+    return run_suite(text, f"vision-agree-{engine}", results)
 
 
 def agreements(first: RunEvidence, second: RunEvidence) -> list[Agreement]:
@@ -116,7 +110,7 @@ def report(found: Sequence[Agreement]) -> bool:
     for each in found:
         print(
             f"{each.variant:5} {each.task:14} {each.n} questions: {first} {100 * each.first:.1f}, {second} {100 * each.second:.1f}, "
-            f"{100 * each.difference:+.1f} ± {100 * each.stderr:.1f}{'' if each.is_within else ': MORE THAN THREE STANDARD ERRORS'}"
+            f"{100 * each.difference:+.1f} ± {100 * each.stderr:.1f}{too_far(each.difference, each.stderr)}"
         )
     return bool(found) and all(each.is_within for each in found)
 

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""Torch reads it when it is imported, and so does every process that a test starts. Two workers whose threads wait for each other
+on two cores spend three times the processor time; what differs between one thread and several has tests of its own."""
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -33,8 +36,17 @@ LONGEST_FIRST = (
     "test_resume.py",
     "test_evaluation_kills.py",
     "test_nightly.py",
+    "test_rehearse.py",
+    "test_evaluation.py",
+    "test_training.py",
+    "test_twins_served.py",
+    "test_vllm.py",
+    "test_vllm_images.py",
+    "test_vllm_suite.py",
+    "test_vlm_models.py",
+    "test_vlm_training.py",
 )
-"""Files whose single tests take a minute: begun last, they would keep one of two processes busy alone."""
+"""Files of long tests: begun last, they would keep one of two processes busy alone."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -113,7 +125,13 @@ def tiny_tokenizer(tiny_model: Path):
     return AutoTokenizer.from_pretrained(tiny_model)
 
 
-SUITE = """
+def variants(*methods: str) -> str:
+    """A variant of each method, named after it."""
+    return "\n".join(f'[[variant]]\nname = "{method}"\nmethod = "{method}"\n' for method in methods)
+
+
+SUITE = (
+    """
 schema = 1
 name = "tiny"
 
@@ -133,22 +151,9 @@ batch_size = 4
 lr = 1e-3
 loss_on = "assistant"
 
-[[variant]]
-name = "bf16"
-method = "bf16"
-
-[[variant]]
-name = "ptq"
-method = "ptq"
-
-[[variant]]
-name = "qat"
-method = "qat"
-
-[[variant]]
-name = "qad"
-method = "qad"
-
+"""
+    + variants("bf16", "ptq", "qat", "qad")
+    + """
 [[task]]
 name = "mini_math"
 limit = 8
@@ -165,6 +170,7 @@ args = {{ batch_size = 8 }}
 data = "text"
 samples = 12
 """
+)
 
 
 @pytest.fixture

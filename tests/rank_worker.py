@@ -47,7 +47,7 @@ SIZES = {
 """No number of rows is a multiple of three, and that of the tied head none of two."""
 PLAIN = Recipe(activations=False)
 CASES = {
-    "quantized": {},
+    "quantized": {"n_steps": 20},
     "all": {"train": "all"},
     "learned": {"learned_scales": True},
     "scales": {"train": "scales", "learned_scales": True},
@@ -55,17 +55,23 @@ CASES = {
     "fp8": {"recipe": Recipe(fp8=("*.down_proj",), kv_cache="fp8")},
     "ce": {"train": "all", "objective": Objective("ce"), "validate_every": 5},
     "checkpointing": {"activation_checkpointing": True},
-    "head": {"recipe": Recipe(activations=False, exclude=()), "tied": False, "n_steps": 10, "validate_every": 5, "keep": 2},
-    "bf16": {"dtype": torch.bfloat16, "recipe": Recipe()},
-    "bf16_all": {"dtype": torch.bfloat16, "recipe": Recipe(block_scales="learned"), "train": "all", "learned_scales": True},
-    "stopped": {"train": "all", "n_steps": 10, "stop_after": 4},
-    "resumed": {"train": "all", "n_steps": 10, "resume": True},
+    "head": {"recipe": Recipe(activations=False, exclude=()), "tied": False, "validate_every": 5, "keep": 2},
+    "bf16": {"dtype": torch.bfloat16, "recipe": Recipe(), "n_steps": 20},
+    "bf16_all": {
+        "dtype": torch.bfloat16,
+        "recipe": Recipe(block_scales="learned"),
+        "train": "all",
+        "learned_scales": True,
+        "n_steps": 20,
+    },
+    "stopped": {"train": "all", "stop_after": 4},
+    "resumed": {"train": "all", "resume": True},
     "nan": {"nan": True},
     "adafactor": {"optimizer": "adafactor"},
-    "experts": {"has_experts": True, "recipe": Recipe(), "n_steps": 10},
-    "experts_all": {"has_experts": True, "train": "all", "activation_checkpointing": True, "n_steps": 10},
+    "experts": {"has_experts": True, "recipe": Recipe()},
+    "experts_all": {"has_experts": True, "train": "all", "activation_checkpointing": True},
     "images": {"sees": True, "recipe": Recipe()},
-    "images_all": {"sees": True, "train": "all", "activation_checkpointing": True, "n_steps": 10},
+    "images_all": {"sees": True, "train": "all", "activation_checkpointing": True},
 }
 
 
@@ -143,7 +149,7 @@ def run_case(
     dtype=torch.float32,
     recipe=PLAIN,
     objective=None,
-    n_steps=20,
+    n_steps=10,
     stop_after=None,
     resume=False,
     nan=False,

@@ -17,7 +17,7 @@ from harness.prepared import question_digest
 from harness.schema_evaluation import Thinking
 from harness.stats import INVALID, mean_with_stderr
 from harness.task_about import question_of
-from harness.task_files import fingerprint
+from harness.task_files import TASKS_FOLDER, fingerprint
 from harness.tasks import mini
 from harness.tasks.world import facts
 from harness.thinking import split_thinking
@@ -590,9 +590,22 @@ def test_a_task_that_cannot_be_asked_is_an_error_before_anything_is(tiny_tokeniz
         prepare(task("even", path=user_task(tmp_path, **changes)), tiny_tokenizer)
 
 
-def test_tasks_that_run_code_of_a_model_are_refused_before_their_own_code_is_imported(tiny_tokenizer, monkeypatch):
-    manager = scoring.TaskManager()  # half a minute: once for all
-    monkeypatch.setattr(scoring, "TaskManager", lambda **options: manager)
+@pytest.fixture(scope="module")
+def every_task():
+    """lm-eval's own tasks and ours: ten seconds, so once for all."""
+    return scoring.TaskManager(include_path=[str(TASKS_FOLDER)])
+
+
+@pytest.fixture
+def read_before(every_task, monkeypatch):
+    def give(*, include_path, include_defaults, metadata):
+        assert include_defaults and include_path == [str(TASKS_FOLDER)]
+        return every_task
+
+    monkeypatch.setattr(scoring, "TaskManager", give)
+
+
+def test_tasks_that_run_code_of_a_model_are_refused_before_their_own_code_is_imported(tiny_tokenizer, read_before, monkeypatch):
     monkeypatch.setattr("lm_eval.tasks._yaml_loader._import_func_in_yml", lambda *given: pytest.fail(f"imported {given}"))
     for name in ("humaneval", "humaneval_plus", "mbpp", "longproc_pseudo_to_code_2k", "livecodebench"):
         with pytest.raises(
@@ -611,7 +624,7 @@ def test_a_group_with_a_task_that_runs_code_is_refused_before_that_code_is_impor
         prepare(task("all", path=tmp_path), tiny_tokenizer)
 
 
-def test_a_name_that_nobody_knows_is_an_error_with_what_is_near(tiny_tokenizer):
+def test_a_name_that_nobody_knows_is_an_error_with_what_is_near(tiny_tokenizer, read_before):
     with pytest.raises(TaskError, match=r"no such task here or in lm-eval; did you mean .*mmlu_pro"):
         prepare(task("mmlu_proo"), tiny_tokenizer)
 
@@ -621,7 +634,6 @@ def test_the_tasks_run_in_plain_lm_eval(monkeypatch):
     from lm_eval.models.dummy import DummyLM
     from lm_eval.tasks import TaskManager
 
-    from harness.task_files import TASKS_FOLDER
     from harness.tasks.sizes import MINI_TASKS
 
     manager = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False)

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from harness import loading
 from harness.engines import Request, Sampling
 from harness.engines.hf import MERGED_INPUTS, HfEngine
+from harness.gate_checks import NOTED
 from harness.stages import Workbench
 from harness.table_notes import FLAGS
 from qad.checkpoint import load_checkpoint
@@ -120,6 +121,6 @@ def test_merged_input_scales_are_said_when_a_checkpoint_is_read_and_marked_in_ev
     assert Workbench._read(bench, tiny_model, torch.device("cpu")) is loaded
     assert len(said) == 1 and "a.experts.up_proj, b.experts.up_proj and 1 more: several input scales" in said[0]
     engine = HfEngine(loaded, tiny_tokenizer, eos_ids={1}, args={})
-    assert engine.flags == (MERGED_INPUTS,) and MERGED_INPUTS in FLAGS
+    assert engine.flags == (MERGED_INPUTS,) and MERGED_INPUTS in FLAGS and MERGED_INPUTS in NOTED
     assert engine_of(tiny_model, tiny_tokenizer).flags == ()
     assert loading.notes_of(load_checkpoint(tiny_model)) == []

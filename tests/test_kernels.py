@@ -1,5 +1,6 @@
 """The fast paths give the reference's bits, and everything runs without numba."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -20,6 +21,21 @@ def test_on_a_cpu(check, backend, monkeypatch):
         assert kernels.backend(torch.device("cpu")) == "numba"
     monkeypatch.setattr(kernels, "backend", lambda device: backend)
     kernel_checks.CHECKS[check](torch.device("cpu"))
+
+
+@pytest.mark.parametrize("check", kernel_checks.CHECKS)
+def test_on_a_cpu_in_slices_of_several_threads(check, monkeypatch):
+    monkeypatch.setattr(kernels, "_SMALLEST_SLICE", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    kernel_checks.CHECKS[check](torch.device("cpu"))
+
+
+def test_a_large_tensor_is_worked_on_by_as_many_threads_as_torch_has(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for size, slices in ((2**20, 3), (2**17, 2), (2**10, 1)):
+        found = kernels._in_slices(lambda lo, hi: (lo, hi), size)
+        assert len(found) == slices and found[0][0] == 0 and found[-1][1] == size
+        assert all(before[1] == after[0] and not after[0] % 16 for before, after in itertools.pairwise(found))
 
 
 def test_a_live_weight_that_is_not_bf16_is_decoded_in_its_own_type():

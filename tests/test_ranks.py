@@ -15,7 +15,7 @@ from rank_worker import CASES, VOCABULARY, rows_of, run_case
 from qad.batch import Batch
 
 TESTS = Path(__file__).parent
-OVER_20_STEPS = 1e-4
+TOLERANCE = 1e-4
 
 
 def torchrun(n_ranks: int, *arguments: object, timeout: float = 240, environment=None) -> subprocess.CompletedProcess:
@@ -99,7 +99,7 @@ def three(two, tmp_path_factory):
     return cases_under(3, folder, AT_THREE)
 
 
-def require_same_run(found, expected, tolerance=OVER_20_STEPS):
+def require_same_run(found, expected, tolerance=TOLERANCE):
     assert len(found["losses"]) == len(expected["losses"]) >= 10
     assert found["losses"] == pytest.approx(expected["losses"], rel=tolerance)
     assert found["ce"] == pytest.approx(expected["ce"], rel=tolerance)

@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
+import subprocess
+import sys
 
 import pytest
+from conftest import variants
 from typer.testing import CliRunner
 
 from harness.accepted import accept
@@ -24,7 +28,8 @@ CONFIG = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 32768,
 }
-SUITE = """
+SUITE = (
+    """
 schema = 1
 name = "small"
 
@@ -54,18 +59,9 @@ loss_on = "assistant"
 select = "best_val"
 validate_every = 20
 
-[[variant]]
-name = "bf16"
-method = "bf16"
-
-[[variant]]
-name = "ptq"
-method = "ptq"
-
-[[variant]]
-name = "qad"
-method = "qad"
-
+"""
+    + variants("bf16", "ptq", "qad")
+    + """
 [sampling]
 temperature = 0.6
 max_tokens = 4096
@@ -91,6 +87,7 @@ margin = 5.0
 tier = "critical"
 {more}
 """
+)
 
 
 def rehearse(tmp_path, more="", config=CONFIG, change=lambda text: text):
@@ -125,7 +122,7 @@ def test_a_rehearsal_ends_with_a_marked_table_that_is_never_ranked_gated_or_acce
     assert "168 nvfp4 linear layers are quantized" in said, "those of the real configuration: 24 layers of 7"
     about = json.loads((run / "run.json").read_text())
     assert about["rehearsal"] is True and about["status"] == "complete"
-    for name in ("tasks.jsonl", "diagnostics.jsonl"):
+    for name in ("tasks.jsonl", "diagnostics.jsonl", "diagnostics_sequences.jsonl"):
         rows = rows_of(run / name)
         assert rows and all(row["rehearsal"] is True for row in rows)
     assert "REHEARSAL of small" in (run / "table.md").read_text()
@@ -152,7 +149,8 @@ def test_a_column_that_the_mirror_lacks_is_a_problem_and_what_was_made_is_kept(t
     (kept,) = (own_cache / "rehearsals").iterdir()
     monkeypatch.delenv("HARNESS_MIRROR")
     status, said, _ = rehearse(tmp_path, change=lambda text: text.replace('"lm_head"', '"nothing*"'))
-    assert status == 1 and said.count("problem:") == 1 and " 1 problem, 0 parts" in said and "nothing*" in said
+    assert status == 1 and said.count("problem:") == 1 and " 1 problem, 1 part not" in said and "nothing*" in said
+    assert "not rehearsed: gate: the run did not finish" in said
     (other,) = (own_cache / "rehearsals").iterdir()
     assert other != kept, "what the one before had kept of the suite is gone"
 
@@ -167,7 +165,26 @@ def test_what_the_run_refuses_at_once_is_a_problem_and_the_rest_is_rehearsed(tmp
     assert status == 1 and len(rehearsed) == 1, said
     assert "problem: model.revision" in said and "problem: data.chats.revision: missing" in said
     assert "problem: data.own.path" in said and "there is no such file" in said and " 3 problems" in said
-    assert "checked less than it could be: made rows: 3; prompts not counted: 1" in said
+    at = "put someone/chats into the mirror (HARNESS_MIRROR) to check its columns and values"
+    assert f"checked less than it could be: data.chats: made rows; {at}" in said
+    assert f"checked less than it could be: data.own: made rows; put its rows at {tmp_path}/none.jsonl to check" in said
+    assert "task gpqa_diamond: made rows; put Idavidrein/gpqa into the mirror" in said
+    assert re.search(r"could be: task gpqa_diamond; [^:]*; not counted: the rows of Idavidrein/gpqa are not in", said)
+    assert "3 problems, 1 part not rehearsed, 4 checks less than could be (above)" in said
+
+
+def test_a_gate_is_rehearsed_where_the_run_finished_whatever_else_is_wrong(tmp_path, monkeypatch):
+    def finish(suite, results, *given, **named):
+        (results / "small" / "one").mkdir(parents=True)
+        (results / "small" / "one" / "run.json").write_text("{}")
+        return False
+
+    monkeypatch.setattr("harness.run.run_loaded", finish)
+    judged = []
+    monkeypatch.setattr("harness.rehearse._judged", lambda run, policy, reporter: judged.append(policy) or [])
+    unpinned = 'revision = "0123456789abcdef0123456789abcdef01234567"\n'
+    status, said, _ = rehearse(tmp_path, change=lambda text: text.replace(unpinned, ""))
+    assert status == 1 and len(judged) == 1 and " 2 problems, 0 parts not rehearsed" in said
 
 
 def test_a_filter_that_no_row_of_the_mirror_passes_is_a_problem(tmp_path, monkeypatch):
@@ -190,3 +207,25 @@ def test_an_unknown_architecture_is_an_error_that_names_it(tmp_path):
 def test_a_wrong_suite_is_its_ordinary_error(tmp_path):
     status, said, _ = rehearse(tmp_path, change=lambda text: text.replace("batch_size = 64", "batchsize = 64"))
     assert status == 2 and "training.batchsize: unknown key; did you mean batch_size" in said
+
+
+def test_an_interrupted_rehearsal_says_that_the_next_starts_anew(tmp_path, monkeypatch):
+    def stop(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("harness.run.run_loaded", stop)
+    status, said, _ = rehearse(tmp_path)
+    assert status == 130 and "interrupted; nothing of a rehearsal is kept, the same command starts anew" in said
+
+
+def test_no_bars_of_other_libraries_are_drawn_between_the_lines():
+    code = """
+import contextlib
+from harness.cli import app
+with contextlib.suppress(SystemExit):
+    app(["rehearse", "nowhere.toml"])
+from tqdm import tqdm
+assert tqdm(range(2)).disable
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TQDM_DISABLE"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True, timeout=120)

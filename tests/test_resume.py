@@ -66,27 +66,29 @@ def require_equal(found, expected):
     assert files[0] == files[1] == sorted(candidates.path(kept).name for kept in candidates.kept)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_stopped_after_each_step_and_started_again_a_run_ends_with_the_same_bits(tiny_model, tmp_path, kind):
-    whole = go(tiny_model, tmp_path / "whole", kind, every=100)
+def test_stopped_after_any_step_and_started_again_a_run_ends_with_the_same_bits(tiny_model, tmp_path):
+    whole = go(tiny_model, tmp_path / "whole", every=100)
     assert whole[0].resumed_at is None
     for stop_after in range(1, N_STEPS):
         folder = tmp_path / f"{stop_after}"
         with pytest.raises(
             Interrupted, match=rf"stopped after step {stop_after} of 5; the checkpoint after step {stop_after} is kept"
         ):
-            go(tiny_model, folder, kind, stop_after=stop_after, every=100)
-        again = go(tiny_model, folder, kind, every=100)
+            go(tiny_model, folder, stop_after=stop_after, every=100)
+        again = go(tiny_model, folder, every=100)
         assert again[0].resumed_at == stop_after
         require_equal(again, whole)
 
 
-def test_stopped_again_and_again_it_ends_with_the_same_bits_and_asks_for_nothing_after_the_last_step(tiny_model, tmp_path):
-    whole = go(tiny_model, tmp_path / "whole")
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_after_each_step_it_ends_with_the_same_bits_and_asks_for_nothing_after_the_last(tiny_model, tmp_path, kind):
+    whole = go(tiny_model, tmp_path / "whole", kind)
     for stop_after in range(1, N_STEPS):
-        with pytest.raises(Interrupted):
-            go(tiny_model, tmp_path / "parts", stop_after=stop_after, every=100)
-    require_equal(go(tiny_model, tmp_path / "parts", stop_after=N_STEPS, every=100), whole)
+        with pytest.raises(Interrupted, match=f"the checkpoint after step {stop_after} is kept"):
+            go(tiny_model, tmp_path / "parts", kind, stop_after=stop_after, every=100)
+    again = go(tiny_model, tmp_path / "parts", kind, stop_after=N_STEPS, every=100)
+    assert again[0].resumed_at == N_STEPS - 1
+    require_equal(again, whole)
 
 
 class Killed(BaseException):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -57,13 +58,14 @@ quantization = { block_scales = "frozen" }
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_model):
+def run(tmp_path_factory, tiny_model, text_stages):
     """(run.json, table.json, table.md) of the suite."""
     root = tmp_path_factory.mktemp("scale-rules")
     text = re.sub(r"\[\[task\]\][^\[]*", "", SUITE.format(model=tiny_model)).replace("tokens = 6000", "tokens = 3000")
     head, _, tail = text.partition("[[variant]]")
     tail = tail[tail.index("[engine]") :]
-    (root / "tiny.toml").write_text(head + VARIANTS + tail)
+    (root / "tiny.toml").write_text(head + VARIANTS + tail.replace("samples = 12", "samples = 4"))
+    shutil.copytree(text_stages(512), root / "cache" / "stages")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HARNESS_CACHE", str(root / "cache"))
         patch.setattr(sys, "argv", ["harness", "run", str(root / "tiny.toml"), "--results", str(root / "results")])

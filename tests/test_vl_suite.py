@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import variants
 from PIL import Image as Pillow
 from rich.console import Console
 from safetensors.torch import load_file
@@ -31,7 +32,8 @@ from harness.suite import load_suite
 from harness.token_store import StoredSequences
 from qad.checkpoint import load_checkpoint
 
-SUITE = """
+SUITE = (
+    """
 schema = 1
 name = "tiny-vl"
 
@@ -61,22 +63,9 @@ validate_every = 2
 validation_samples = 4
 select = "best_val"
 
-[[variant]]
-name = "bf16"
-method = "bf16"
-
-[[variant]]
-name = "ptq"
-method = "ptq"
-
-[[variant]]
-name = "qat"
-method = "qat"
-
-[[variant]]
-name = "qad"
-method = "qad"
-
+"""
+    + variants("bf16", "ptq", "qat", "qad")
+    + """
 [[task]]
 name = "mini_ocr"
 limit = 3
@@ -93,6 +82,7 @@ kind = "hf"
 data = "pictures"
 samples = 24
 """
+)
 N_PICTURES, N_QUESTIONS = 60, 3
 
 
