@@ -1,16 +1,22 @@
 """Whether vLLM on this machine computes exported twins of the paper's architectures as we do: `harness parity` for each.
 
-    python bench/twins_serve.py [--results DIR] [--max-sequences 256] [--models NAME ...]
+    python bench/twins_serve.py [--results DIR] [--max-sequences 256] [--models NAME ...] [--seeds 1]
 
 A twin (harness/twins.py) has the class and the kinds of layers of the model that it stands for, few of them, and random weights. It is
 calibrated on the builtin text, quantized to W4A4 (all linear layers but the output head), exported in both layouts in turn, and compared: each fused
 module on equal inputs, the mean KL to BF16 paired over sequences, three standard errors. Experts are left out: vLLM computes NVFP4 ones on
 CUDA GPUs alone, and those without a gate not even in BF16 on a CPU.
+
+One set of weights cannot tell a lean of an engine from chance: which codes of four bits flip where two engines round BF16 in other places is an
+accident of the weights. With `--seeds N` every twin is made with N seeds of them, and the mean difference must lie within three of its
+standard errors too.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -22,7 +28,9 @@ from harness import loading
 from harness.batches import batches_of, inputs_of
 from harness.builtin import builtin_sequences
 from harness.known_models import known_model
-from harness.parity import report, run_parity
+from harness.parity import run_parity
+from harness.parity_divergence import MAX_ERRORS
+from harness.parity_report import report
 from harness.progress import Reporter
 from harness.twins import write_twin
 from qad.calibrate import calibrate
@@ -55,31 +63,30 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--max-sequences", type=int, default=256)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=1, help="how many seeds of the weights, from 0 on")
     given = parser.parse_args()
+    if given.seeds < 1:
+        parser.error(f"--seeds: found {given.seeds}; ask for 1 or more")
     loading.quiet_libraries()
-    records = {}
+    records: dict[str, list[dict[str, Any]]] = {}
     for place, name in enumerate(given.models):
         layout: Layout = "compressed-tensors" if place % 2 else "modelopt"
-        records[name] = compare(name, layout, given.results, given.max_sequences)
+        records[name] = [compare(name, layout, given.results, given.max_sequences, seed) for seed in range(given.seeds)]
     print()
-    for name, record in records.items():
-        n_held, kl = sum(module["holds"] for module in record["modules"].values()), record["kl"]
-        print(
-            f"{name:22} {n_held} of {len(record['modules'])} modules hold; KL to BF16 {kl['kl']['ours']['kl']:.4f} (ours), "
-            f"{kl['kl']['vllm']['kl']:.4f} (vLLM), difference {kl['difference']:+.5f} ± {kl['stderr']:.5f} over {kl['n_sequences']} "
-            f"sequences, {kl['n_tokens']:,} tokens: {record['verdict']}"
-        )
-    sys.exit(0 if all(record["verdict"] == "PASS" for record in records.values()) else 1)
+    for name, found in records.items():
+        print(*summary(name, found), sep="\n")
+    all_hold = all(record["verdict"] == "PASS" for found in records.values() for record in found)
+    sys.exit(0 if all_hold and not any(leans(found) for found in records.values()) else 1)
 
 
-def compare(name: str, layout: Layout, results: Path, max_sequences: int) -> dict[str, Any]:
-    """The record of `harness parity` of one twin."""
+def compare(name: str, layout: Layout, results: Path, max_sequences: int, seed: int) -> dict[str, Any]:
+    """The record of `harness parity` of one twin. seed: of its weights."""
     path = MODELS[name]
     known = None if path is None else known_model(path)
     reporter = Reporter(Console())
     with tempfile.TemporaryDirectory() as scratch:
-        twin = write_twin(LLAMA if known is None else known.config, Path(scratch) / "twin")
-        reporter.say(f"{name}: {twin.model_class}, {'; '.join(twin.notes)}; layout {layout}")
+        twin = write_twin(LLAMA if known is None else known.config, Path(scratch) / "twin", seed=seed)
+        reporter.say(f"{name}, seed {seed}: {twin.model_class}, {'; '.join(twin.notes)}; layout {layout}")
         packed = quantize(twin.folder, Path(scratch) / "packed", layout)
         record, stored = run_parity(
             packed,
@@ -92,6 +99,49 @@ def compare(name: str, layout: Layout, results: Path, max_sequences: int) -> dic
         )
     print(*report(record, stored), sep="\n")
     return record
+
+
+def summary(name: str, records: list[dict[str, Any]]) -> list[str]:
+    """A line for each seed, and one for their mean where there are several."""
+    lines = []
+    for seed, record in enumerate(records):
+        n_held, kl = sum(module["holds"] for module in record["modules"].values()), record["kl"]
+        error = "–" if kl["stderr"] is None else f"{kl['stderr']:.5f}"
+        lines.append(
+            f"{name:22} seed {seed}: {n_held} of {len(record['modules'])} modules hold; KL to BF16 {kl['kl']['ours']['kl']:.4f} (ours), "
+            f"{kl['kl']['vllm']['kl']:.4f} (vLLM), difference {kl['difference']:+.5f} ± {error} over {kl['n_sequences']} "
+            f"sequences, {kl['n_tokens']:,} tokens: {record['verdict']}"
+        )
+    if len(records) > 1 and (found := mean_over_seeds(records)) is not None:
+        mean, stderr, spread = found
+        said = "leans" if leans(records) else "does not lean"
+        lines.append(
+            f"{name:22} {len(records)} seeds: mean difference {mean:+.5f} ± {stderr:.5f}, {said}; the differences are {spread:.1f} of their errors"
+        )
+    return lines
+
+
+def mean_over_seeds(records: list[dict[str, Any]]) -> tuple[float, float, float] | None:
+    """The mean of the differences, its standard error, and the root mean square of the differences over their errors: about 1 where
+    chance of the text explains them. None if a record has no error, or one of zero.
+
+    The standard error is the larger of two: what the errors over sequences come to, and what the spread over seeds does (the weights
+    share in it, all sequences alike). Of few seeds the second alone would often be too small.
+    """
+    kls = [record["kl"] for record in records]
+    if not all(kl["stderr"] for kl in kls):
+        return None
+    n, found = len(kls), [kl["difference"] for kl in kls]
+    of_text = math.sqrt(math.fsum(kl["stderr"] ** 2 for kl in kls)) / n
+    of_seeds = statistics.stdev(found) / math.sqrt(n) if n > 1 else 0.0
+    ratios = [(kl["difference"] / kl["stderr"]) ** 2 for kl in kls]
+    return statistics.fmean(found), max(of_text, of_seeds), math.sqrt(statistics.fmean(ratios))
+
+
+def leans(records: list[dict[str, Any]]) -> bool:
+    """Whether the mean difference over seeds is beyond MAX_ERRORS of its standard errors."""
+    found = mean_over_seeds(records)
+    return found is not None and abs(found[0]) > MAX_ERRORS * found[1]
 
 
 def quantize(original: Path, folder: Path, layout: Layout) -> Path:

@@ -1,8 +1,8 @@
 """`harness parity`: does vLLM compute a quantized checkpoint as we do?
 
 Two W4A4 engines never agree token by token: rounding flips amplify noise. So each quantized module is compared on equal
-inputs, and the engines by their mean KL to the BF16 model on the same text, paired over sequences. The KL between the engines
-is printed beside a floor: that of our own model against itself with another order of accumulation.
+inputs, and the engines by their mean KL to the BF16 model on the same text, paired over sequences. That half is `harness.parity_divergence`.
+The KL between the engines is printed beside a floor: that of our own model against itself with another order of accumulation.
 
 A module holds if every output lies within BF16 accumulation error of the float64 product of the same decoded operands,
 
@@ -15,27 +15,24 @@ native kernel multiplies what we round to BF16 first: 2^-8 S is allowed on top, 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional
 
 from harness import loading
 from harness.batches import batch_of
 from harness.builtin import builtin_sequences
 from harness.data import SPLITS, Sequence
 from harness.drawn import longest_question, write_drawings
-from harness.engines.vllm import KERNELS, VllmEngine, available_kernels, media_of, takes_images
+from harness.engines.vllm import KERNELS, VllmEngine, available_kernels, takes_images
 from harness.errors import EngineError, ModelError
 from harness.models import folder_fingerprint
+from harness.parity_divergence import MIN_RESPONSE_TOKENS, compare_divergence
 from harness.processor import Processor, load_processor
 from harness.progress import Reporter
 from harness.provenance import provenance
@@ -44,8 +41,6 @@ from harness.schema_data import Drawings
 from harness.store import Store, cache_folder, disk_errors, make_folder, write_json
 from harness.token_store import StoredSequences, TokenWriter
 from qad import divergence
-from qad.backbone import decoder_of, head_of
-from qad.clustered import ratio_with_stderr
 from qad.kernels import fake_quantize
 from qad.modules import Fp8Linear, QuantizedLinear, quantized_linears
 from qad.recipe import Format, groups_of
@@ -54,15 +49,8 @@ from qad.stored_names import stored_layers
 SCHEMA = 1
 MODULE_TOKENS = 128
 """Tokens of real text whose inputs are recorded for the comparison of modules."""
-MIN_RESPONSE_TOKENS = 2000
-FIRST_SEQUENCES = 32
-MAX_ERRORS = 3.0
-"""The difference in mean KL may be this many of its standard errors."""
-NARROW = 0.05
-"""Its 95 % interval must be narrower than plus or minus this share of the KL; text is added until it is."""
 SEQ_LEN = 192
 """Tokens of a held-out sequence, at most, beside those of a picture."""
-_Z95 = 1.96
 
 
 def run_parity(
@@ -126,6 +114,7 @@ def run_parity(
         "checkpoint": checkpoint.name,
         "fingerprint": folder_fingerprint(checkpoint, Store(cache_folder())),
         "kernels": {"vllm": engine.kernels, "ours": ours.kernels},
+        "notes": loading.notes_of(ours),
         "vllm": engine.protocol["vllm"],
         "native_fp4": "measured" if asked == "native" else "not measured",
         "modules": modules,
@@ -229,58 +218,6 @@ def compare_module(members: list[QuantizedLinear], x: Tensor, served: Tensor, *,
     }
 
 
-def compare_divergence(
-    model: Any,
-    teacher: Any,
-    engine: Any,
-    text: list[Sequence],
-    reporter: Reporter,
-    *,
-    processor: Processor | None = None,
-) -> dict[str, Any]:
-    """Mean KL to `teacher` under both engines over the same response tokens; text is added until the interval is narrow."""
-    heads = {"ours": head_of(model), "teacher": head_of(teacher)}
-    rows: dict[str, list[divergence.SequenceDivergence]] = {name: [] for name in ("ours", "vllm", "between", "floor")}
-    done = 0
-    while True:
-        upto = min(len(text), max(FIRST_SEQUENCES, 2 * done))
-        with reporter.track(f"KL to BF16 under both engines, sequences {done + 1} to {upto}"):
-            batches = [batch_of([sequence], processor) for sequence in text[done:upto]]
-            states = {
-                "teacher": list(divergence.final_hidden(teacher, batches)),
-                "ours": list(divergence.final_hidden(model, batches)),
-                "vllm": served_hidden(engine, text[done:upto], processor),
-            }
-            with reordered(model):
-                states["floor"] = list(divergence.final_hidden(model, batches))
-            for name, against in (("ours", "teacher"), ("vllm", "teacher"), ("between", "ours"), ("floor", "ours")):
-                candidate = states["vllm" if name == "between" else name]
-                response, _ = divergence.measure(candidate, heads["ours"], states[against], heads[against], batches)
-                rows[name] += response
-        done = upto
-        found = summarize(rows)
-        if done == len(text) or (found["is_narrow"] and found["n_tokens"] >= MIN_RESPONSE_TOKENS):
-            return found
-
-
-def summarize(rows: dict[str, list[divergence.SequenceDivergence]]) -> dict[str, Any]:
-    """Means over response tokens, and the paired difference over sequences with its standard error."""
-    counts = [row.n_tokens for row in rows["ours"]]
-    differences = [v.kl_sum - o.kl_sum for v, o in zip(rows["vllm"], rows["ours"], strict=True)]
-    difference, stderr = ratio_with_stderr(differences, counts)
-    means = {name: dataclasses.asdict(divergence.summarize(found)) for name, found in rows.items()}
-    width = None if stderr is None else _Z95 * stderr
-    return {
-        "kl": {name: {key: mean[key] for key in ("kl", "kl_stderr", "top1")} for name, mean in means.items()},
-        "difference": difference,
-        "stderr": stderr,
-        "is_within": stderr is not None and abs(difference) <= MAX_ERRORS * stderr,
-        "is_narrow": width is not None and width <= NARROW * means["ours"]["kl"],
-        "n_tokens": sum(counts),
-        "n_sequences": len(counts),
-    }
-
-
 def fused_groups(model: Any) -> dict[str, list[QuantizedLinear]]:
     """The NVFP4 linear layers by the name of the layer that serving engines fuse them into, in its order."""
     quantized = quantized_linears(model)
@@ -329,72 +266,7 @@ def record_inputs(
     return {name: torch.cat([x[0] for x in found])[:MODULE_TOKENS].contiguous() for name, found in seen.items()}
 
 
-def served_hidden(engine: Any, sequences: list[Sequence], processor: Processor | None = None) -> list[Tensor]:
-    """Final hidden states (1, tokens, width) of each sequence, taken inside vLLM's process."""
-    asked: dict[str, Any] = {"do": "hidden", "sequences": [list(s.token_ids) for s in sequences]}
-    if processor is not None:
-        media = [media_of(i, s.images, processor.unexpanded(s.token_ids, s.images)) for i, s in enumerate(sequences)]
-        asked["media"] = {number: about for one in media for number, about in one.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "hidden.safetensors"
-        engine.worker.ask(asked | {"path": str(path)})
-        found = load_file(path)
-    return [found[str(index)][None] for index in range(len(sequences))]
-
-
-@contextmanager
-def reordered(model: Any) -> Iterator[None]:
-    """The same arithmetic in another order: the language model of `model` computes attention with transformers' other
-    implementation, and its quantized layers add up the two halves of K in FP32.
-
-    With power-of-two scales the products of NVFP4 operands have so few bits that FP32 sums of them are exact in any order, so
-    that attention is what differs.
-    """
-    changed = quantized_linears(model).values()
-    decoder: Any = decoder_of(model)
-    attention = decoder.config._attn_implementation
-
-    def forward(module: QuantizedLinear, x: Tensor) -> Tensor:
-        x = x if module.input_quantizer is None else module.input_quantizer(x)
-        half = x.shape[-1] // 2
-        parts = [functional.linear(x[..., k].float(), module.weight[:, k].float()) for k in (slice(half), slice(half, None))]
-        total = parts[0] + parts[1]
-        return (total if module.bias is None else total + module.bias.float()).to(x.dtype)
-
-    other = {"sdpa": "eager", "eager": "sdpa"}.get(attention, attention)  # ours, which rounds the KV cache, stays
-    try:
-        decoder.set_attn_implementation(other)
-        for module in changed:
-            module.forward = forward.__get__(module)  # type: ignore[method-assign]
-        yield
-    finally:
-        decoder.set_attn_implementation(attention)
-        for module in changed:
-            del module.forward
-
-
 def ulp(x: Tensor) -> Tensor:
     """The distance of neighbouring BF16 numbers at |x|, float64; that of the smallest normal number below it."""
     exponent = torch.frexp(x.abs().clamp(min=2.0**-126)).exponent
     return torch.ldexp(torch.ones_like(x), exponent - 8)
-
-
-def report(record: dict[str, Any], path: Path) -> list[str]:
-    """The lines of the command's table."""
-    kl, modules = record["kl"], record["modules"]
-    n_held = sum(module["holds"] for module in modules.values())
-    worst = max(modules, key=lambda name: modules[name]["worst_of_allowed"]["vllm"])
-    figures = kl["kl"]
-    stderr = "–" if kl["stderr"] is None else f"{kl['stderr']:.5f}"
-    return [
-        f"checkpoint            {record['checkpoint']} ({record['fingerprint'][:16]})",
-        f"kernels               vLLM {record['vllm']}: {record['kernels']['vllm']['linear']}; native FP4: {record['native_fp4']}",
-        f"modules that hold     {n_held} of {len(modules)}; the nearest to its limit: {worst}, "
-        f"{100 * modules[worst]['worst_of_allowed']['vllm']:.0f} % of it",
-        f"KL to BF16, ours      {figures['ours']['kl']:.4f}  (±{figures['ours']['kl_stderr'] or 0:.4f} over sequences)",
-        f"KL to BF16, vLLM      {figures['vllm']['kl']:.4f}",
-        f"difference, paired    {kl['difference']:+.5f} ± {stderr} over {kl['n_sequences']} sequences, {kl['n_tokens']:,} tokens",
-        f"KL between engines    {figures['between']['kl']:.4f}  (self-noise floor: {figures['floor']['kl']:.4f})",
-        f"verdict               {record['verdict']}",
-        f"stored in             {path}",
-    ]

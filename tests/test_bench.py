@@ -1,6 +1,7 @@
 """The benchmarks run, compare bits first, and refuse what they cannot measure."""
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,8 +115,9 @@ def test_the_floor_of_a_step_is_the_step_with_nothing_quantized(tiny_model):
 
 
 @pytest.mark.slow
-def test_training_that_is_killed_at_a_random_moment_ends_with_identical_weights(tmp_path, capsys):
-    assert load("kill_campaign").campaign(tmp_path, kills=1, seed=1) == 1
+def test_training_that_is_killed_at_a_random_moment_ends_with_identical_weights(tmp_path, text_stages, capsys):
+    shutil.copytree(text_stages(512), tmp_path / "alone" / "cache" / "stages")
+    assert load("kill_campaign").campaign(tmp_path, kills=1, seed=1, n_steps=8) == 1
     assert capsys.readouterr().out.count("identical weights") == 1
 
 
@@ -143,8 +145,7 @@ def test_the_driver_is_timed_beside_bare_lm_eval_on_equal_scores(tmp_path, capsy
 
 @pytest.fixture
 def engines_agree(monkeypatch):
-    import importlib.util
-
+    monkeypatch.syspath_prepend(str(BENCH))  # where a script finds the module beside it
     spec = importlib.util.spec_from_file_location("engines_agree", BENCH / "engines_agree.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "engines_agree", module)  # its dataclasses look there
@@ -171,7 +172,22 @@ def test_engines_agree_as_often_as_the_yardstick_within_three_paired_errors(engi
         engines_agree.report(alike | {"server": engines_agree.Answers({"7": "7"}, 0, 0, 0)})
 
 
-def test_vllm_agrees_with_hf_about_pictures_within_three_standard_errors_of_the_paired_difference(capsys):
+def test_a_comparison_runs_its_suite_by_the_command_and_reads_the_newest_run(monkeypatch, tmp_path):
+    module = load("engine_runs")
+
+    def run(command, *, check, env):
+        assert check and command[1:4] == ["-m", "harness", "run"] and env["PYTHONPATH"].startswith(str(BENCH.parent))
+        assert Path(command[4]).read_text() == "what to run"
+        for moment in ("20260102", "20260101"):
+            (Path(command[6]) / "one" / moment).mkdir(parents=True)
+            (Path(command[6]) / "one" / moment / "run.json").touch()
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    assert module.run_suite("what to run", "one", tmp_path / "results") == tmp_path / "results" / "agree" / "one" / "20260102"
+
+
+def test_vllm_agrees_with_hf_about_pictures_within_three_standard_errors_of_the_paired_difference(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
     module = load("vision_engines_agree")
     scored = {"hf": right(200, 160), "vllm": right(200, 154), "worse": right(200, 140), "fewer": right(199, 160)}
     runs = {name: run_of([answers("ptq", "mini_ocr", scores)]) for name, scores in scored.items()}
@@ -210,3 +226,40 @@ def test_the_memory_benchmark_measures_the_increase_of_a_call(plan_memory, monke
     monkeypatch.setattr(plan_memory.Loading, "run", lambda self, scratch: torch.ones(2**26))
     monkeypatch.setattr(plan_memory.Trained, "run", lambda self, scratch: None)
     assert plan_memory.measure("small", tmp_path) == pytest.approx(2**28, rel=0.1)
+
+
+def twin_records(*differences):
+    figures = {"kl": {"ours": {"kl": 0.05}, "vllm": {"kl": 0.05}}, "stderr": 0.00016, "n_sequences": 32, "n_tokens": 3500}
+    modules = {"a": {"holds": True}}
+    return [{"modules": modules, "kl": figures | {"difference": d}, "verdict": "PASS"} for d in differences]
+
+
+def test_differences_that_each_pass_are_a_lean_when_all_seeds_share_their_sign():
+    bench = load("twins_serve")
+    shared, mixed = twin_records(-0.0004, -0.0003, -0.00045, -0.00035), twin_records(-0.00045, 0.0004, -0.0003, 0.0002)
+    assert bench.leans(shared) and not bench.leans(mixed)
+    mean, stderr, spread = bench.mean_over_seeds(shared)
+    assert (mean, stderr) == (pytest.approx(-0.000375), pytest.approx(0.00008)) and spread == pytest.approx(2.37, abs=0.01)
+    scattered = twin_records(-0.0009, 0.0001, -0.0005, 0.00005)  # 3.9 errors over sequences; the weights explain it
+    assert not bench.leans(scattered) and bench.mean_over_seeds(scattered)[1] == pytest.approx(0.000238, abs=1e-6)
+    assert "4 seeds: mean difference -0.00038 ± 0.00008, leans" in bench.summary("twin", shared)[-1]
+    assert "does not lean" in bench.summary("twin", mixed)[-1]
+    assert len(bench.summary("twin", mixed[:1])) == 1  # of one seed there is nothing to average
+
+
+@pytest.mark.parametrize(("differences", "status"), [((-0.0004,) * 4, 1), ((-0.0004, 0.0004) * 2, 0)])
+def test_the_bench_of_twins_fails_by_a_lean_alone(monkeypatch, capsys, differences, status):
+    bench = load("twins_serve")
+    records = twin_records(*differences)
+    monkeypatch.setattr(bench, "compare", lambda name, layout, results, count, seed: records[seed])
+    monkeypatch.setattr(sys, "argv", ["twins_serve.py", "--models", "llama", "--seeds", "4"])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == status and capsys.readouterr().out.count("seed 3: 1 of 1 modules hold") == 1
+
+
+def test_the_bench_of_twins_refuses_to_compare_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["twins_serve.py", "--seeds", "0"])
+    with pytest.raises(SystemExit):
+        load("twins_serve").main()
+    assert "--seeds: found 0; ask for 1 or more" in capsys.readouterr().err

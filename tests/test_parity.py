@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 from conftest import build_tiny_model
 from safetensors.torch import load_file, save_file
 
-from harness import cli, parity
+from harness import cli, loading, parity
 from harness.drawn import longest_question
 from harness.errors import DataError, EngineError, ModelError
 from harness.images import Image
-from harness.parity import SEQ_LEN, about_pictures, choose_kernels, summarize, ulp, verdict
+from harness.parity import SEQ_LEN, about_pictures, choose_kernels, ulp, verdict
+from harness.parity_divergence import reordered, summarize
 from harness.processor import load_processor
 from qad import divergence
 from qad.checkpoint import load_checkpoint, write_checkpoint
@@ -97,9 +99,25 @@ def test_an_engine_with_our_numbers_passes_and_its_record_is_stored(monkeypatch,
     assert record["kl"]["kl"]["floor"]["kl"] > 0
     assert all(module["holds"] and module["share_equal"] == 1 for module in record["modules"].values())
     printed = capsys.readouterr().out
-    assert "native FP4: not measured" in printed
+    assert "native FP4: not measured" in printed and "note  " not in printed and record["notes"] == []
+    floor = [record["kl"][key] for key in ("floor_difference", "floor_stderr")]
+    assert f"  ours, reordered     {floor[0]:+.5f} ± {floor[1]:.5f}  (our own model" in printed and floor[0] != 0
     assert "verdict               PASS" in printed
     assert path.name.endswith("-w4a4_emulation.json")
+
+
+def test_input_scales_that_were_merged_on_reading_are_said_and_recorded(monkeypatch, packed, tiny_model, tmp_path, capsys):
+    read = loading.load_model
+
+    def merging(folder, **options):
+        return replace(read(folder, **options), merged_inputs=("a.experts.up_proj",) if folder == packed else ())
+
+    monkeypatch.setattr(loading, "load_model", merging)
+    assert run(monkeypatch, packed, tiny_model, tmp_path / "results", "--max-sequences", 2) == 3
+    note = "a.experts.up_proj: several input scales for the experts of a layer; computed is with the largest"
+    assert f"note                  {note}" in capsys.readouterr().out
+    (path,) = (tmp_path / "results" / "parity").iterdir()
+    assert [each[: len(note)] for each in json.loads(path.read_text())["notes"]] == [note]
 
 
 def test_the_length_of_chats_about_pictures_follows_from_the_tokens_of_a_picture(tiny_vlm, tmp_path):
@@ -120,6 +138,22 @@ def test_an_image_text_model_is_compared_on_chats_about_pictures(monkeypatch, ti
     assert record["kl"]["difference"] == 0 == record["kl"]["kl"]["between"]["kl"] and record["kl"]["n_sequences"] == 4
     assert len(record["modules"]) == 8 and all(module["holds"] for module in record["modules"].values())
     assert "verdict               INCONCLUSIVE" in capsys.readouterr().out
+
+
+def test_an_engine_that_is_our_model_in_another_order_differs_by_what_is_printed_beside(
+    monkeypatch, packed, tiny_model, tmp_path
+):
+    class Reordered(StandIn):
+        def ask(self, message):
+            with reordered(self.model):
+                return super().ask(message)
+
+    monkeypatch.setattr(sys.modules[__name__], "StandIn", Reordered)
+    assert run(monkeypatch, packed, tiny_model, tmp_path / "results", "--max-sequences", 3) in (1, 3)
+    (path,) = (tmp_path / "results" / "parity").iterdir()
+    kl = json.loads(path.read_text())["kl"]
+    assert kl["difference"] == kl["floor_difference"] != 0 and kl["stderr"] == kl["floor_stderr"]
+    assert kl["kl"]["between"] == kl["kl"]["floor"]
 
 
 def test_too_little_text_is_inconclusive(monkeypatch, packed, tiny_model, tmp_path):
@@ -217,15 +251,24 @@ def rows(values):
 def test_the_difference_is_paired_over_sequences():
     ours = rows([(0.5, 10), (1.5, 10), (1.0, 10), (1.0, 10)])
     shifted = rows([(0.6, 10), (1.6, 10), (1.1, 10), (1.1, 10)])
-    found = summarize({"ours": ours, "vllm": shifted, "between": ours, "floor": ours})
+    found = summarize({"ours": ours, "vllm": shifted, "between": ours, "floor": ours, "reordered": ours})
     assert found["difference"] == pytest.approx(0.1)
     assert found["stderr"] == pytest.approx(0, abs=1e-7)  # although KL itself varies by a factor of three
     assert not found["is_within"]
     assert found["is_narrow"]
     noisy = rows([(0.3, 10), (1.9, 10), (0.8, 10), (1.2, 10)])
-    found = summarize({"ours": ours, "vllm": noisy, "between": ours, "floor": ours})
+    found = summarize({"ours": ours, "vllm": noisy, "between": ours, "floor": ours, "reordered": ours})
     assert found["is_within"]
     assert not found["is_narrow"]
+
+
+def test_what_our_own_model_differs_in_another_order_stands_beside_and_excuses_nothing():
+    ours = rows([(0.5, 10), (1.5, 10), (1.0, 10), (1.0, 10)])
+    shifted, noisier = rows([(0.6, 10), (1.6, 10), (1.1, 10), (1.1, 10)]), rows([(0.7, 10), (1.6, 10), (1.2, 10), (1.1, 10)])
+    found = summarize({"ours": ours, "vllm": shifted, "between": ours, "floor": ours, "reordered": noisier})
+    assert (found["floor_difference"], found["difference"]) == (pytest.approx(0.15), pytest.approx(0.1))
+    assert found["floor_stderr"] == pytest.approx(0.05 / 3**0.5)  # of 0.2, 0.1, 0.2, 0.1
+    assert not found["is_within"]  # although our own model differs by more
 
 
 def test_ulp_is_the_distance_to_the_next_bf16_number():
@@ -238,7 +281,7 @@ def test_another_order_changes_hidden_states_and_is_undone(packed):
     model = load_checkpoint(packed).model
     batch = [parity.batch_of([parity.Sequence(tuple(range(40, 80)), (True,) * 40)])]
     (before,) = divergence.final_hidden(model, batch)
-    with parity.reordered(model):
+    with reordered(model):
         (within,) = divergence.final_hidden(model, batch)
     (after,) = divergence.final_hidden(model, batch)
     assert not torch.equal(before, within)

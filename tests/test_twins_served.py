@@ -21,7 +21,8 @@ from harness.engines.vllm import require_servable, vllm_options, worker_environm
 from harness.engines.worker import Worker, stream
 from harness.errors import EngineError
 from harness.known_models import known_model
-from harness.parity import compare_divergence, compare_modules
+from harness.parity import compare_modules
+from harness.parity_divergence import compare_divergence
 from harness.progress import Reporter
 from harness.twins import write_twin
 from qad.backbone import head_of

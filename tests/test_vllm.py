@@ -17,7 +17,8 @@ from harness.builtin import builtin_sequences
 from harness.engines import Request, Sampling
 from harness.engines.vllm import VllmEngine, require_servable
 from harness.errors import EngineError
-from harness.parity import compare_divergence, compare_module, compare_modules, fused_groups, record_inputs
+from harness.parity import compare_module, compare_modules, fused_groups, record_inputs
+from harness.parity_divergence import compare_divergence
 from harness.progress import Reporter
 from qad.checkpoint import load_checkpoint, write_checkpoint
 from qad.kv_cache import kv_cache_quantizers

@@ -16,7 +16,8 @@ from harness.engines.hf import HfEngine
 from harness.engines.vllm import VllmEngine, _require_architecture
 from harness.errors import EngineError
 from harness.images import keep_picture
-from harness.parity import about_pictures, compare_divergence, compare_modules, served_hidden
+from harness.parity import about_pictures, compare_modules
+from harness.parity_divergence import compare_divergence, served_hidden
 from harness.processor import load_processor
 from harness.progress import Reporter
 from qad.checkpoint import load_checkpoint, write_checkpoint
