@@ -85,7 +85,9 @@ def invalidate(run: RunArgument, reason: Annotated[str, typer.Option(help="Why, 
 @verdict_app.command()
 def gate(
     run: RunArgument,
-    policy: Annotated[Path | None, typer.Option(metavar="FILE", help="A release policy; default: the suite's [gate].")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A release policy; default: the suite's \\[gate].")
+    ] = None,
     candidate: Annotated[str, typer.Option(metavar="VARIANT", help="What is to be released; a,b with --each.")] = "",
     baseline: Annotated[str | None, typer.Option(metavar="VARIANT", help="What it is measured against; default: BF16.")] = None,
     each: Annotated[
@@ -109,7 +111,9 @@ def gate(
 @verdict_app.command()
 def advise(
     run: RunArgument,
-    policy: Annotated[Path | None, typer.Option(metavar="FILE", help="A release policy; default: [gate] of the suite.")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A release policy; default: \\[gate] of the suite.")
+    ] = None,
     candidate: Annotated[
         str | None, typer.Option(metavar="VARIANT", help="The untrained variant; default: the one PTQ variant.")
     ] = None,
@@ -133,7 +137,7 @@ def nightly(
     group: Annotated[str | None, typer.Option(help="Of a list of suites, the group that this machine is for.")] = None,
     results: Annotated[Path, typer.Option(help="Where results and journals are kept.")] = Path("results"),
     policy: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A release policy for all; default: [gate] of each suite.")
+        Path | None, typer.Option(metavar="FILE", help="A release policy for all; default: \\[gate] of each suite.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="SITE", help="Where the leaderboard is written; default: site/ in the results.")
@@ -164,6 +168,33 @@ def leaderboard(
         from harness.leaderboard.build import build_leaderboard, lines
 
         for line in lines(build_leaderboard(results, results / "site" if out is None else out)):
+            print(line)
+
+
+@verdict_app.command()
+def findings(
+    claims: Annotated[
+        Path, typer.Argument(metavar="CLAIMS", help="A file of claims beside its suites: suites/windtunnel/claims.toml.")
+    ],
+    results: Annotated[
+        Path, typer.Option(help="Where the runs of the suites are; gets a copy that the leaderboard shows.")
+    ] = Path("results"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The report; default: docs/findings.md, and nothing is written with --claim.",
+            show_default=False,
+        ),
+    ] = None,
+    claim: Annotated[list[str] | None, typer.Option(metavar="ID", help="This claim only; again for each.")] = None,
+) -> None:
+    """Hold claims against finished runs: each difference with its interval over questions and seeds, and a verdict."""
+    with reporting():
+        from harness import findings as finding
+
+        report = out if out is not None or claim else Path("docs/findings.md")
+        for line in finding.findings(claims, results, report, tuple(claim or ())):
             print(line)
 
 

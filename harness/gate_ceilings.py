@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from scipy.special import stdtrit
 
-from harness.gate_checks import Check, flag_flaws, of_task
+from harness.gate_checks import Check, flag_flaws, notes_on, of_task
 from harness.gate_kernels import NOT_QUANTIZED, kernel_flaws
 from harness.gate_tasks import Measured, verdict_of
 from harness.intervals import mean_interval
@@ -47,7 +47,7 @@ def judge_ceilings(
 
 def _kl(run: RunEvidence, policy: Gate, candidate: str, ceiling: float) -> Check:
     check = Check("KL", "ceiling", "critical", figures={"ceiling": ceiling, "alpha": policy.alpha})
-    row, flaws = _diagnostics(run, policy, candidate)
+    row, flaws, notes = _diagnostics(run, policy, candidate)
     response = (row or {}).get("response") or {}
     kl, stderr = response.get("kl"), response.get("kl_stderr")
     n = response.get("n_questions") or response.get("n_sequences") or 0
@@ -56,9 +56,10 @@ def _kl(run: RunEvidence, policy: Gate, candidate: str, ceiling: float) -> Check
     if not flaws and n < max(policy.min_clusters, 2):
         flaws = [f"the KL of {candidate} is over {n:,} sequences, of at least {policy.min_clusters:,} (min_clusters)"]
     if flaws or kl is None or stderr is None:
-        return replace(check, reasons=tuple(flaws))
+        return replace(check, reasons=(*flaws, *notes))
     half = float(stdtrit(n - 1, 1 - policy.alpha)) * stderr
-    return _bounded(check, kl, kl - half, kl + half, ".3f", "nats a token", f"{n:,} sequences")
+    check = _bounded(check, kl, kl - half, kl + half, ".3f", "nats a token", f"{n:,} sequences")
+    return replace(check, reasons=(*check.reasons, *notes))
 
 
 def _saturated(run: RunEvidence, policy: Gate, candidate: str, baseline: str | None, ceiling: float) -> Check:
@@ -69,31 +70,34 @@ def _saturated(run: RunEvidence, policy: Gate, candidate: str, baseline: str | N
         return replace(check, verdict="PASS", reasons=(reason,), has_evidence=True)
     if run.variants.get(candidate, {}).get("method") in NOT_QUANTIZED:
         return replace(check, verdict="PASS", reasons=(f"nothing of {candidate} is quantized",), has_evidence=True)
-    row, flaws = _diagnostics(run, policy, candidate)
+    row, flaws, notes = _diagnostics(run, policy, candidate)
     share = (row or {}).get("saturated_share")
     if not flaws and not (_is_amount(share) and share <= 1):
         flaws = [f"the saturated share of {candidate} was not measured" + (f": found {share}" if share is not None else "")]
     if flaws or share is None:
-        return replace(check, reasons=tuple(flaws))
+        return replace(check, reasons=(*flaws, *notes))
     is_within = share <= ceiling
     reason = f"{100 * share:.3g} % of activation blocks saturate, {'within' if is_within else 'beyond'} the ceiling of {100 * ceiling:g} %"
     figures = check.figures | {"value": share}
-    check = replace(check, verdict="PASS" if is_within else "FAIL", reasons=(reason,), figures=figures, has_evidence=True)
+    check = replace(
+        check, verdict="PASS" if is_within else "FAIL", reasons=(reason, *notes), figures=figures, has_evidence=True
+    )
     own = (run.diagnostics.get(str(baseline)) or {}).get("saturated_share")
     return _no_regression(check, 100 * own, 100 * ceiling) if _is_amount(own) else check
 
 
-def _diagnostics(run: RunEvidence, policy: Gate, candidate: str) -> tuple[dict[str, Any] | None, list[str]]:
-    """The row of the candidate, or of the variant with the same weights that only draws otherwise, and why it is no evidence."""
+def _diagnostics(run: RunEvidence, policy: Gate, candidate: str) -> tuple[dict[str, Any] | None, list[str], list[str]]:
+    """The row of the candidate, or of the variant with the same weights that only draws otherwise; why it is no evidence; what is noted of it."""
     variant = run.variants.get(candidate, {})
     same_weights = (twin_of(variant, run.variants.values()) or variant).get("name")
     row = run.diagnostics.get(candidate) or run.diagnostics.get(str(same_weights))
     if row is None or candidate not in run.variants:
-        return None, [f"not measured: the run has no [diagnostics] of {candidate}"]
+        return None, [f"not measured: the run has no [diagnostics] of {candidate}"], []
     what = f"the KL of {candidate}"
     flagged = [row, *(row.get("tasks") or {}).values()]
     flags = sorted({str(flag) for part in flagged for flag in part.get("flags") or ()})
-    return row, [*kernel_flaws(variant, row.get("kernels"), flags, policy, what), *flag_flaws(flags, policy, what)]
+    flaws = [*kernel_flaws(variant, row.get("kernels"), flags, policy, what), *flag_flaws(flags, policy, what)]
+    return row, flaws, notes_on(what, flags)
 
 
 def _of_a_task(policy: Gate, measured: Measured) -> Iterator[Check]:

@@ -7,7 +7,7 @@ No torch.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +29,9 @@ _ADMITTED_BY = {
     "kernels unverified": "admit_unverified",
     "no fingerprint": "admit_unverified",
 }
-"""The key of a policy that admits scores with a flag; a flag that is not here is admitted by none."""
+"""The key of a policy that admits scores with a flag; a flag that is neither here nor in `NOTED` is admitted by none."""
+NOTED = ("merged input scales",)
+"""Flags that every policy admits and says: vLLM takes the same largest scale, so what was scored is what is served. Beside "judge", too."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,22 @@ def flag_flaws(flags: Any, policy: Gate, what: str) -> Iterator[str]:
         return
     for flag in flags:
         key = _ADMITTED_BY.get(flag)
+        if is_noted(flag):
+            continue
         if key is None:
             yield f"{what} is marked {flag!r}, which no policy admits"
         elif not getattr(policy, key):
             yield f"{what} is marked {flag!r}, and the policy does not admit that ({key} = true would)"
+
+
+def notes_on(what: str, flags: Iterable[Any]) -> list[str]:
+    """A sentence for each flag that is a note, and decides nothing."""
+    return [f"noted: {what} is marked {flag!r}" for flag in flags if is_noted(flag)]
+
+
+def is_noted(flag: Any) -> bool:
+    """Whether a flag is a note, which is no reason against a score."""
+    return isinstance(flag, str) and flag.removeprefix("judge ") in NOTED
 
 
 def near(name: str, known: list[str]) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from harness.evidence import pair
-from harness.gate_checks import Check, Result, missing_flaws, of_task, task_flaws
+from harness.gate_checks import Check, Result, missing_flaws, notes_on, of_task, task_flaws
 from harness.gate_outlook import would_decide, would_decide_pooled
 from harness.paired import damage_bound, holm, p_inferior, pooled_damage_bound, pooled_p_inferior
 
@@ -56,7 +56,12 @@ def judge_task(run: RunEvidence, policy: Gate, task: GateTask, *, candidate: str
     check = replace(born, figures=born.figures | _amounts(first, second, pairing), reasons=tuple(flaws))
     if pairing.pairs and first.is_share and second.is_share:
         check = _decided(check, pairing, has_evidence=not flaws)
+    check = replace(check, reasons=(*check.reasons, *_notes(first), *_notes(second)))
     return Measured(task, check, first, second, pairing)
+
+
+def _notes(answers: Answers) -> list[str]:
+    return notes_on(f"{answers.variant}'s score", answers.row.get("flags") or ())
 
 
 def correct_supporting(checks: Sequence[Check], p_values: Sequence[float | None]) -> list[Check]:
@@ -115,7 +120,8 @@ def judge_pooled(policy: Gate, pooled: Pooled, measured: Sequence[Measured]) -> 
         result, reason = "INCONCLUSIVE", _nothing_to_lose(figures, can_lose)
     elif result == "INCONCLUSIVE":
         reason += "; " + would_decide_pooled(tasks, margin=pooled.margin, alpha=alpha)
-    check = replace(check, verdict=result, reasons=(reason,), figures=figures, has_evidence=True)
+    noted = [note for each in mine for answers in (each.baseline, each.candidate) if answers for note in _notes(answers)]
+    check = replace(check, verdict=result, reasons=(reason, *dict.fromkeys(noted)), figures=figures, has_evidence=True)
     return check, pooled_p_inferior(tasks, margin=pooled.margin / 100)
 
 

@@ -27,10 +27,14 @@ def require_loadable(models: Iterable[Model | None]) -> None:
 
 
 def cached_config(model: Model) -> Path | None:
-    """The config.json of a model in the cache of the hub."""
+    """The config.json of a model in the cache of the hub; None where it is not there, or the path is no id."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(model.path, CONFIG, revision=model.revision)
+    try:
+        found = try_to_load_from_cache(model.path, CONFIG, revision=model.revision)
+    except HFValidationError:
+        return None
     return Path(found) if isinstance(found, str) else None
 
 
@@ -77,7 +81,7 @@ def fetch_config(model: Model) -> Path:
 def _unreachable(error: Exception) -> str:
     return (
         f"its {CONFIG} is neither in the mirror nor to be had from the hub ({str(error).splitlines()[0]}); put the model under HARNESS_MIRROR, "
-        "or check the network. harness plan takes one by --config"
+        "or check the network. harness plan and harness rehearse take one by --config"
     )
 
 
@@ -85,6 +89,7 @@ def _require_known_type(model: Model, config: dict[str, Any]) -> None:
     """ModelError unless a class can be built for a configuration: transformers' own, ours, or, where the suite allows it, one of remote code."""
     if config.get("auto_map") and model.trust_remote_code:
         return
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, __version__
 
     from qad.building import native_class
@@ -102,5 +107,16 @@ def _require_known_type(model: Model, config: dict[str, Any]) -> None:
         raise ModelError(
             f"{model.path} at {model.revision}: model_type {kind!r} is not known; allowed are causal language models and image-text "
             f"models that transformers {__version__} has a class for, and nemotron-nas{'; near: ' if near else ''}{', '.join(near)}.{code} "
+            "Its weights were not downloaded"
+        ) from None
+    except (
+        StrictDataclassError,
+        ArithmeticError,
+        AttributeError,
+        RuntimeError,
+        TypeError,
+    ) as error:  # fields that fit no model
+        raise ModelError(
+            f"{model.path} at {model.revision}: its config.json describes no model ({' '.join(str(error).split())}); check the revision. "
             "Its weights were not downloaded"
         ) from None

@@ -13,6 +13,9 @@ from harness.data_checks import source_mistake
 from harness.schema_data import SOURCES
 from harness.section import Section
 
+_LONG = 120
+"""Characters of a section that are too many to repeat."""
+
 
 class Mistakes:
     """The mistakes of the file at `path`, in the order in which they were found."""
@@ -59,7 +62,7 @@ class Mistakes:
         elif kind == "literal_error":
             allowed = re.findall(r"'([^']*)'", problem["ctx"]["expected"]) or [problem["ctx"]["expected"]]
             self.add(key, f"found {found!r}", near=(str(found), allowed), what="Allowed")
-        elif kind == "value_error" and len(problem["loc"]) < 2:  # of a section as a whole, which would be long to repeat
+        elif kind == "value_error" and (len(problem["loc"]) < 2 or len(str(found)) > _LONG):  # of a section as a whole
             self.add(key, str(problem["ctx"]["error"]))
         else:
             plain = re.sub(r"^data\.[^.]+\.", "data.", re.sub(r"\[\d+\]", "", key))
@@ -68,9 +71,9 @@ class Mistakes:
                 if plain in ("model.revision", "data.revision", "variant.revision")
                 else ""
             )
-            if plain.endswith("margin"):
+            if plain.endswith("margin") and not plain.startswith("claim."):
                 hint = " (a margin is how much damage is allowed, in points)"
-            message = re.sub("[Tt]uple", "list", problem["msg"])
+            message = re.sub("[Tt]uple", "list", problem["msg"]).removeprefix("Value error, ")
             shown = list(found) if isinstance(found, tuple) else found
             self.add(key, f"found {shown!r}; {message[0].lower()}{message[1:]}{hint}")
 

@@ -1,4 +1,4 @@
-"""What a suite's recipes do to the real architecture, found without its weights: patterns, positions, fused groups.
+"""What a suite's recipes do to the real architecture, found without its weights: patterns, positions, fused groups, GPTQ's passes.
 
 The model of the real configuration is built on the meta device, which holds shapes alone, its experts opened as in a run, and the ordinary
 rules match each recipe of the suite against it. A pattern that is wrong there is wrong at hour nine; on a twin, which has fewer layers, it
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from harness.models import has_vision
@@ -22,7 +23,15 @@ from harness.suite import Suite
 from qad.building import native_class
 from qad.errors import QadError
 from qad.experts import EXPERT, open_experts
+from qad.gptq import require_few_passes
 from qad.recipe import Targets, match
+
+_NOT_BUILT = (
+    *(KeyError, ValueError, TypeError, AttributeError, ImportError, QadError),
+    *(StrictDataclassError, ArithmeticError, RuntimeError),
+)
+"""What transformers and torch raise for a configuration that is no model: the last three for fields of wrong types or that do not fit each other,
+for no heads, and for negative sizes."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ def check_recipes(suite: Suite, config: Mapping[str, Any]) -> ArchitectureCheck:
     given = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     try:
         model = _shapes(given)
-    except (KeyError, ValueError, TypeError, AttributeError, ImportError, QadError) as error:
+    except _NOT_BUILT as error:
         reason = " ".join(str(error).split()) or "nothing is said"
         return ArchitectureCheck(None, (), f"model_type {config.get('model_type')!r} cannot be built here ({reason})")
     checked = tuple(_check(model, names, quantization) for quantization, names in recipes)
@@ -90,12 +99,13 @@ def check_recipes(suite: Suite, config: Mapping[str, Any]) -> ArchitectureCheck:
 
 
 def _recipes(suite: Suite) -> list[tuple[Quantization, tuple[str, ...]]]:
-    """The quantizations of the suite that match layers in different ways, with the variants that share them."""
+    """The quantizations of the suite that match layers in different ways, or would end for another reason, with the variants that share them."""
     found: dict[str, tuple[Quantization, list[str]]] = {}
     keys = {"activations", "exclude", "exclude_layers", "fp8", "kv_cache"}
     for variant in suite.variants:
         if variant.quantization is not None:
-            key = variant.quantization.model_dump_json(include=keys)
+            is_gptq = variant.quantization.scale_rule == "gptq"
+            key = f"{is_gptq} {variant.quantization.model_dump_json(include=keys)}"
             found.setdefault(key, (variant.quantization, []))[1].append(variant.name)
     return [(quantization, tuple(names)) for quantization, names in found.values()]
 
@@ -111,7 +121,10 @@ def _shapes(config: dict[str, Any]) -> Any:
 
 def _check(model: Any, variants: tuple[str, ...], quantization: Quantization) -> RecipeCheck:
     try:
-        targets = match(model, recipe_of(quantization, model))
+        recipe = recipe_of(quantization, model)
+        targets = match(model, recipe)
+        if recipe.scale_rule == "gptq":
+            require_few_passes(model, [group for group in targets.groups if group.format == "nvfp4"])
     except QadError as error:
         return RecipeCheck(variants, {}, 0, 0, (), str(error))
     formats: Counter[str] = Counter(group.format for group in targets.groups for _ in group.members)

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.done import about_stage, adopt_imported, find_done, is_done, require_keys
-from harness.hub_models import require_loadable
 from harness.imports import copy_imported, identities, imported_for
 from harness.manifest import manifest, read_by
-from harness.plan import Plan, Stage, make_plan
+from harness.plan import Plan, Stage
+from harness.plan_to_run import plan_to_run
 from harness.plots import plot_trainings
 from harness.progress import Reporter
 from harness.provenance import peak_memory, provenance
+from harness.recipe_mistakes import require_model
 from harness.records import is_complete, open_results, open_run, read_json, read_lines, write_rows
+from harness.reference_metrics import require_metrics
 from harness.score_files import write_missing_scores, write_scores
 from harness.store import Store, cache_folder, disk_errors, write_json
 from harness.suite import Suite, load_suite
@@ -38,7 +40,7 @@ def run_suite(path: Path, results: Path, only: tuple[str, ...], reporter: Report
 def run_loaded(suite: Suite, results: Path, only: tuple[str, ...], reporter: Reporter, *, journals: Path | None = None) -> bool:
     """The same of a suite that is read already. journals: where responses are kept, if not with the results."""
     store = Store(cache_folder())
-    plan = make_plan(suite, store, only=only)
+    plan = plan_to_run(suite, store, only)
     unused = adopt_imported(plan, store)
     if is_follower():
         follow(plan, store, results, reporter)
@@ -53,7 +55,7 @@ def prepare_suite(path: Path, results: Path, reporter: Reporter) -> None:
     """Make the tasks of the suite at `path` ready, and nothing else: `plan` then knows how many requests they take."""
     suite = load_suite(path)
     store = Store(cache_folder())
-    plan = make_plan(suite, store)
+    plan = plan_to_run(suite, store, ())
     wanted = [stage for stage in plan.stages if stage.kind == "prepare"]
     if all(is_done(stage, store) for stage in wanted):
         reporter.say(f"{suite.name}: all {len(wanted)} tasks are prepared")
@@ -78,7 +80,7 @@ def _run(plan: Plan, store: Store, results: Path, reporter: Reporter, journals: 
         if pending or not is_complete(folder):
             _write(plan, store, folder)
     write_missing_scores(folder)
-    _show(folder, reporter)
+    print_grid(build_grid(build_table(folder)), reporter.console)
     reporter.say(f"Results: {folder}")
     gaps = read_json(folder / "run.json")["gaps"]
     for gap in gaps:
@@ -98,8 +100,8 @@ def _do(plan: Plan, store: Store, journals: Path, folder: Path, reporter: Report
 
 
 def _bench(plan: Plan, store: Store, journals: Path, reporter: Reporter) -> Workbench:
-    require_loadable(stage.source.wanted for stage in plan.stages if stage.source is not None)
-    os.environ["TQDM_DISABLE"] = "1"  # before the libraries that read it are imported: the progress shown is ours
+    os.environ["TQDM_DISABLE"] = "1"  # before the libraries that read it are imported, which the next line does
+    require_model(plan, store, reporter)
     from harness.stages import Workbench
 
     return Workbench(plan, store, journals, reporter)
@@ -111,11 +113,12 @@ def _do_stages(bench: Workbench, plan: Plan, store: Store, folder: Path, reporte
         if is_done(stage, store):
             continue
         if stage.kind not in ("model", "prepare", "data") and not is_checked:
+            require_metrics(plan, store)
             bench.check_suite()
             is_checked = True
         if stage.kind == "train" and not has_table:
             _write(plan, store, folder)
-            _show(folder, reporter)
+            print_grid(build_grid(build_table(folder)), reporter.console)
             has_table = True
         _do_stage(bench, stage, store)
 
@@ -141,7 +144,3 @@ def _write(plan: Plan, store: Store, folder: Path) -> None:
         write_json(folder / "run.json", about)
         plot_trainings(folder)
         write_tables(folder)
-
-
-def _show(folder: Path, reporter: Reporter) -> None:
-    print_grid(build_grid(build_table(folder)), reporter.console)

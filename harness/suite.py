@@ -13,9 +13,11 @@ from typing import Any
 
 from harness.data_checks import data_mistakes, data_uses, diagnostics_mistakes, with_stages
 from harness.errors import SuiteError
+from harness.gate_mistakes import gate_mistakes
 from harness.kind_checks import IMAGE_ARGS, kind_mistakes
 from harness.mistakes import Mistakes, listed
 from harness.null_variants import null_mistakes
+from harness.reference_checks import reference_mistakes
 from harness.schema import (
     Diagnostics,
     Engine,
@@ -120,8 +122,13 @@ _METHOD_ORDER = ("bf16", "checkpoint", "ptq", "qad", "qat")
 
 
 def load_suite(path: Path) -> Suite:
-    """Parse and validate the suite at `path`; SuiteError with one line a mistake."""
-    return parse_suite(path, read_toml(path, what="suite", example="suites/quickstart.toml"))
+    """Parse and validate the suite at `path`; SuiteError with one line a mistake, or that says which other file it is."""
+    raw = read_toml(path, what="suite", example="suites/quickstart.toml")
+    if "model" not in raw and "group" in raw:
+        raise SuiteError(f"{path}: is a list of suites, which harness nightly takes; give one of its suites")
+    if not {"model", "variant"} & set(raw) and {"kernels", "task"} <= set(raw):
+        raise SuiteError(f"{path}: is a release policy, which --policy of harness plan and harness gate takes; give a suite")
+    return parse_suite(path, raw)
 
 
 def parse_suite(path: Path, raw: dict[str, Any]) -> Suite:
@@ -353,25 +360,11 @@ class _Validation:
             self.mistakes.add("judge.engine.kernels", f'has no effect with kind = "{engine.kind}"; remove it')
 
     def _check_gate(self, file: File, variants: list[ResolvedVariant], tasks: tuple[ResolvedTask, ...]) -> None:
-        """[gate] and [reference] name variants and tasks that are there; imported tasks are named by the run, and known only then."""
-        names = [variant.name for variant in variants]
-        for key in ("baseline", "candidate") if file.gate else ():
-            name = getattr(file.gate, key)
-            if name is not None and name not in names:
-                self.mistakes.add(f"gate.{key}", f'no variant "{name}"', near=(name, names))
-        controls = [task.name for task in tasks if task.pictures == "grey"]
-        for index, judged in enumerate(file.gate.task if file.gate else ()):
-            if judged.name in controls:
-                self.mistakes.add(
-                    f"gate.task[{index}].name",
-                    f"{judged.name} is a control with grey pictures, and no score to judge; remove it",
-                )
-        for index, figure in enumerate(file.reference.figure if file.reference else ()):
-            known = list(dict.fromkeys([*names, *(variant.method for variant in variants)]))
-            if figure.variant not in known:
-                self.mistakes.add(
-                    f"reference.figure[{index}].variant", f'no variant "{figure.variant}"', near=(figure.variant, known)
-                )
+        """[gate] and [reference] name variants and tasks that are there."""
+        for key, message, near in gate_mistakes(file.gate, file.engine, variants, tasks):
+            self.mistakes.add(key, message, near=near)
+        for key, message, near in reference_mistakes(file.reference, variants, tasks, is_judged=file.judge is not None):
+            self.mistakes.add(key, message, near=near)
 
     def _check_engine_args(self, where: str, kind: str, args: dict[str, Any]) -> None:
         known = ENGINE_ARGS[kind]

@@ -17,12 +17,10 @@ from qad import nvfp4
 from qad.backbone import head_of, last_hidden, speaker_of
 from qad.errors import CheckpointError, memory_asked_for
 from qad.experts import open_experts
+from qad.remote_code import runs_remote_code
 
 _REMOTE_CLASSES = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
 """Where remote code may say its class, the first that it has. AutoModel is where models of several parts often stand."""
-
-NATIVE = ("nemotron_h", "nemotron-nas", "deepseek_v3")
-"""Types of models that were published with remote code and have a class without it since: in transformers 5, in `qad.decilm`."""
 
 
 def native_class(config: dict[str, Any]) -> tuple[Any, Any]:
@@ -100,15 +98,6 @@ def _filled(folder: Path, architecture: Any, model_config: Any, tensors: dict[st
             f"{folder}: its tensors cannot be made into those of {architecture.__name__}: some are missing or have other shapes (of "
             "experts, each needs every projection); copy it again, or run harness verify on it"
         ) from error
-
-
-def runs_remote_code(config: dict[str, Any], trust_remote_code: bool) -> bool:
-    """Whether the class of a model comes from Python files beside its configuration: it names some, and `NATIVE` has none of its type.
-
-    A caller that trusts the files gets theirs, but of "nemotron-nas", whose own cannot run any more.
-    """
-    model_type = config.get("model_type")
-    return bool(config.get("auto_map")) and (model_type not in NATIVE or (trust_remote_code and model_type != "nemotron-nas"))
 
 
 def _native(folder: Path, config: dict[str, Any]) -> tuple[Any, Any]:

@@ -56,7 +56,22 @@ def refine(
         CalibrationError: it would take more than MOST_PASSES passes, of which none is begun; no batch reaches a group that is of no
             expert.  NonFiniteError: an input of it is NaN or infinite.
     """
-    portions = list(_portions(groups, modules, hessian_bytes))
+    for together in require_few_passes(model, groups, hessian_bytes=hessian_bytes):
+        hessians = _hessians(model, together, modules, batches)
+        for group in together:
+            members = [modules[name] for name in group.members]
+            if group.name in hessians:
+                _refine_group(group, members, hessians.pop(group.name))
+
+
+def require_few_passes(
+    model: Any, groups: Sequence[FusedGroup], *, hessian_bytes: int = HESSIAN_BYTES
+) -> list[list[FusedGroup]]:
+    """The groups of each pass over the calibration batches, in order; CalibrationError where there are more than MOST_PASSES.
+
+    Of `model` shapes alone are read: its weights may be on the meta device, its layers quantized or not yet.
+    """
+    portions = list(_portions(model, groups, hessian_bytes))
     if len(portions) > MOST_PASSES:
         n_experts = sum(group.experts is not None for group in groups)
         raise CalibrationError(
@@ -65,21 +80,14 @@ def refine(
             'another scale_rule ("mse" with scale_weighting = "second_moment" weighs errors by inputs too), or exclude the experts '
             '("*.experts.*")'
         )
-    for together in portions:
-        hessians = _hessians(model, together, modules, batches)
-        for group in together:
-            members = [modules[name] for name in group.members]
-            if group.name in hessians:
-                _refine_group(group, members, hessians.pop(group.name))
+    return portions
 
 
-def _portions(
-    groups: Sequence[FusedGroup], modules: Mapping[str, QuantizedLinear], hessian_bytes: int
-) -> Iterator[list[FusedGroup]]:
+def _portions(model: Any, groups: Sequence[FusedGroup], hessian_bytes: int) -> Iterator[list[FusedGroup]]:
     portion: list[FusedGroup] = []
     used = 0
     for group in groups:
-        size = 4 * modules[group.members[0]].in_features ** 2
+        size = 4 * model.get_submodule(group.members[0]).in_features ** 2
         if portion and used + size > hessian_bytes:
             yield portion
             portion, used = [], 0

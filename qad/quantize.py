@@ -36,12 +36,15 @@ def quantize_model(
         keep_originals: keep the weights before quantization, which training starts from; without, a copy of the model is spared.
     Raises:
         RecipeError: see `qad.recipe.match`.  CalibrationError: a group was never calibrated, or never saw an input but 0;
-        `second_moments` or `batches` are missing.  NonFiniteError: a weight holds NaN or infinity.
+        `second_moments` or `batches` are missing; GPTQ would take too many passes, of which none is begun.  NonFiniteError: a weight holds NaN or infinity.
     """
     if recipe.scale_rule == "gptq" and start is None and batches is None:
         raise CalibrationError('scale_rule "gptq" rounds by what calibration batches do to a layer: give batches')
     changed: dict[str, QuantizedLinear] = {}
     targets = match(model, recipe)
+    nvfp4_groups = [group for group in targets.groups if group.format == "nvfp4"]
+    if recipe.scale_rule == "gptq" and start is None:
+        gptq.require_few_passes(model, nvfp4_groups)
     stored = {} if start is None else stored_layers(model)
     needs_original = keep_originals or recipe.scale_rule == "gptq"
     for group in targets.groups:
@@ -58,7 +61,6 @@ def quantize_model(
                 scales = block_scales(original, weight_scale, rule=recipe.block_scale_rule, importance=importance)
                 module.set_encoding(nvfp4.quantize(original, scales, weight_scale, name=f"{name}.weight"))
             changed[name] = module
-    nvfp4_groups = [group for group in targets.groups if group.format == "nvfp4"]
     if recipe.scale_rule == "gptq" and start is None and batches is not None:
         gptq.refine(model, nvfp4_groups, changed, batches)
     for name in (name for group in nvfp4_groups for name in group.members):

@@ -9,6 +9,7 @@ import pytest
 from gate_evidence import answers, diagnostics_row, policy, right, run_of
 
 from harness.gate import Check, as_record, decide, judge_run, worst
+from harness.gate_checks import NOTED
 from harness.gate_tasks import correct_supporting, verdict_of
 from harness.intervals import moments, upper_bound
 
@@ -277,6 +278,31 @@ def test_a_run_without_any_task_is_inconclusive():
     run = run_of([], variants={"bf16": {}, "ptq": {}})
     verdict = judge_run(run, policy(), candidate="ptq")
     assert verdict.verdict == "INCONCLUSIVE" and "the run has no task maths; it has none" in reasons_of(verdict)
+
+
+@pytest.mark.parametrize("flag", [*NOTED, *(f"judge {flag}" for flag in NOTED)])
+def test_merged_input_scales_are_noted_and_no_reason_against_a_score(flag):
+    verdict = judged(answers("ptq", "maths", right(500, 400), row={"flags": [flag]}))
+    assert verdict.verdict == "GO"
+    assert check_of(verdict, "maths").reasons[-1] == f"noted: ptq's score is marked {flag!r}"
+    damaged = judged(answers("ptq", "maths", right(500, 300), row={"flags": [flag]}))
+    assert damaged.verdict == "NO-GO" and "noted: ptq's score" in reasons_of(damaged)
+    other = judged(answers("ptq", "maths", right(500, 400), row={"flags": [flag, "judged by hand"]}))
+    assert other.verdict == "INCONCLUSIVE" and "marked 'judged by hand', which no policy admits" in reasons_of(other)
+
+
+def test_merged_input_scales_are_noted_behind_a_ceiling_too():
+    flagged = {"ptq": diagnostics_row(0.1, 0.001) | {"flags": list(NOTED)}}
+    run = run_of([BF16, answers("ptq", "maths", right(500, 400))], diagnostics=flagged)
+    verdict = judge_run(run, policy(max_kl=0.2), candidate="ptq")
+    assert verdict.verdict == "GO"
+    assert check_of(verdict, "KL").reasons[-1] == f"noted: the KL of ptq is marked {NOTED[0]!r}"
+
+
+def test_merged_input_scales_of_its_tasks_are_noted_behind_a_pooled_endpoint_too():
+    run = run_of([BF16, answers("ptq", "maths", right(500, 400), row={"flags": list(NOTED)})])
+    verdict = judge_run(run, policy(pooled={"margin": 3.0}), candidate="ptq")
+    assert check_of(verdict, "pooled").reasons[-1] == f"noted: ptq's score is marked {NOTED[0]!r}"
 
 
 def test_a_withdrawn_run_is_never_go():

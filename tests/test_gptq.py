@@ -12,7 +12,7 @@ from qad.distill import train
 from qad.errors import CalibrationError, CheckpointError, NonFiniteError, RecipeError
 from qad.gptq import gptq_codes
 from qad.masters import Masters
-from qad.modules import encoding_digest
+from qad.modules import encoding_digest, quantized_linears
 from qad.nvfp4 import Packed, decode_e2m1, encode_e2m1, pack
 from qad.packed import read_encodings
 from qad.quantize import quantize_model
@@ -227,6 +227,14 @@ def test_more_passes_over_the_batches_than_are_allowed_are_refused_before_the_fi
     ):
         gptq.refine(student, groups, modules, [], hessian_bytes=1)
     assert encoding_digest(modules) == before
+
+
+def test_too_many_passes_are_refused_before_a_layer_is_quantized(tiny_model, monkeypatch):
+    model = load_checkpoint(tiny_model).model
+    monkeypatch.setattr(gptq, "MOST_PASSES", 0)
+    with pytest.raises(CalibrationError, match=r"would take 1 passes .*at most 0 are allowed"):
+        quantize_model(model, FROZEN["gptq"], {}, batches=[])
+    assert not quantized_linears(model)
 
 
 @pytest.mark.parametrize("activations", [True, False])

@@ -29,6 +29,8 @@ MODELS = {
     "org/good": LLAMA,
     "org/gated": None,
     "org/unknown": {**LLAMA, "model_type": "lama"},
+    "org/typed": {**LLAMA, "hidden_size": "64"},
+    "org/headless": {**LLAMA, "num_attention_heads": 0, "head_dim": None},
     "org/own-code": {**LLAMA, "model_type": "special", "auto_map": {"AutoModelForCausalLM": "modeling.Special"}},
 }
 SUITE = """
@@ -111,9 +113,66 @@ def test_an_unknown_architecture_is_said_by_run_and_by_plan_before_its_weights_a
     assert done.exit_code == 2 and re.search(f"harness: {path} at {COMMIT}: {message}", said)
     assert "weights were not downloaded" in said and not any("safetensors" in each for each in hub.asked)
     done = CliRunner().invoke(app, ["plan", str(suite), "--gpu", "h100", "--count", "1"])
-    assert done.exit_code == 2 and "is not known, so its memory cannot be planned; known: llama, mistral" in " ".join(
-        done.output.split()
+    assert (
+        done.exit_code == 2
+        and "is not known, so its memory cannot be planned; known: deepseek_v3, llama, mistral" in " ".join(done.output.split())
     )
+
+
+@pytest.mark.parametrize("path", ["org/typed", "org/headless"])
+def test_fields_that_fit_no_model_are_said_before_its_weights_are_downloaded(hub, path):
+    with pytest.raises(ModelError, match=rf"{path} at {COMMIT}: its config.json describes no model \(.+\); .* not downloaded"):
+        require_loadable([model(path)])
+
+
+QUANTIZED = """
+[quantization]
+exclude = {exclude}
+calibration = {{ data = "text", samples = 2 }}
+[data.text]
+source = "builtin"
+seq_len = 64
+[[variant]]
+name = "ptq"
+method = "ptq"
+"""
+
+
+@pytest.mark.parametrize(
+    ("exclude", "by_run", "by_plan"),
+    [
+        ('["lm_head", "*.q_porj"]', r'exclude pattern "\*\.q_porj" matches no linear layer .*near names: ', r'"\*\.q_porj" matches nothing .*near'),
+        ('["*"]', r"leaves no linear layer to quantize; narrow", r"leaves nothing to quantize; narrow the patterns"),
+        ('["lm_head", "*.q_proj"]', r"splits a fused group: .*exclude all of them or none", r"splits .*qkv_proj, .*exclude all of it or nothing"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["run", "prepare", "plan"])
+def test_an_exception_that_does_not_fit_is_said_before_the_weights_are_downloaded(
+    hub, tmp_path, own_cache, command, exclude, by_run, by_plan
+):
+    suite = tmp_path / "asked.toml"
+    suite.write_text(SUITE.format(path="org/good", revision=COMMIT) + QUANTIZED.format(exclude=exclude))
+    if command == "plan":  # which asks nobody: the configuration is in the cache since another command was run
+        fetch_config(model("org/good"))
+        hub.asked.clear()
+    results = [] if command == "plan" else ["--results", str(tmp_path / "results")]
+    done = CliRunner().invoke(app, [command, str(suite), *results])
+    said = " ".join(done.output.split())
+    message = (
+        rf"{re.escape(str(suite))}: quantization\.exclude: {by_plan}"
+        if command == "plan"
+        else rf"{re.escape(str(suite))}: quantization of ptq: .*{by_run}"
+    )
+    assert done.exit_code == 2 and re.search(message, said), said
+    assert "Traceback" not in said and not any("safetensors" in each for each in hub.asked)
+    assert command != "plan" or hub.asked == []
+
+
+def test_a_plan_of_a_model_whose_configuration_is_not_here_asks_nobody_for_it(hub, tmp_path, own_cache):
+    suite = tmp_path / "asked.toml"
+    suite.write_text(SUITE.format(path="org/good", revision=COMMIT) + QUANTIZED.format(exclude='["*"]'))
+    done = CliRunner().invoke(app, ["plan", str(suite)])
+    assert done.exit_code == 0 and hub.asked == []
 
 
 def test_code_of_its_own_may_know_what_is_not_known_here_where_the_suite_allows_it(hub):

@@ -1,12 +1,15 @@
 """What a rehearsal finds without weights: recipes that do not fit the real architecture."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from harness.architecture_sizes import architecture_of
 from harness.known_models import known_model
+from harness.planned_recipe import gptq_passes, quantized_by
 from harness.rehearsal_checks import Share, check_recipes
 from harness.suite import load_suite
 
@@ -96,6 +99,21 @@ def test_an_architecture_that_cannot_be_built_is_named_and_not_called_right(tmp_
     assert found.model_class is None and not found.recipes and "model_type 'unheard-of' cannot be built here" in found.unchecked
 
 
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"hidden_size": "64"}, "'hidden_size'"),
+        ({"vocab_size": None}, "'vocab_size'"),
+        ({"layer_types": ["odd"] * 4}, "layer_types"),
+        ({"num_attention_heads": 0}, "division"),
+        ({"intermediate_size": -4}, "negative dimension -4"),
+    ],
+)
+def test_a_configuration_that_is_no_model_is_said_to_be_unchecked(wrong, reason, tmp_path):
+    found = check_recipes(small_suite(tmp_path), SMALL | wrong)
+    assert found.model_class is None and "cannot be built here" in found.unchecked and reason in found.unchecked
+
+
 def test_the_language_model_alone_is_said_to_be_all_that_is_checked_of_a_model_that_sees(tmp_path):
     found = check_recipes(small_suite(tmp_path, kind="image-text"), SMALL)
     assert found.recipes[0].quantized == 28 and "the language model alone" in found.unchecked
@@ -124,14 +142,20 @@ def test_the_recipes_of_the_paper_fit_the_real_architectures(name, quantized, le
     assert (recipe.quantized, recipe.left, recipe.kv_cache) == (quantized, left, kv_cache)
 
 
-def test_among_thousands_of_experts_a_wrong_pattern_is_found_and_the_right_recipe_counted():
+def test_among_thousands_of_experts_a_wrong_pattern_and_gptq_are_found_and_the_right_recipe_counted():
     suite = suite_of("nemotron-3-nano")
     wrong = [variant for variant in suite.variants if variant.name == "ptq"]
     given = wrong[0].quantization.model_copy(update={"exclude": ("lm_head", "*.experts.7.gate_proj")})
     variants = tuple(replace(each, quantization=given) if each in wrong else each for each in suite.variants)
+    (qat,) = (variant for variant in variants if variant.name == "qat")
+    by_gptq = qat.quantization.model_copy(update={"scale_rule": "gptq", "block_scales": "frozen"})
+    variants = (*variants, replace(qat, name="gptq", quantization=by_gptq))
     found = check_recipes(replace(suite, variants=variants), known_model(suite.model.path).config)
-    assert len(found.problems) == 1 and found.problems[0].startswith("ptq: ")
+    assert len(found.problems) == 2 and found.problems[0].startswith("ptq: ")
+    assert re.match(r'gptq: scale_rule "gptq" would take 3024 passes .*at most 500 are allowed: choose', found.problems[1])
     assert '"*.experts.7.gate_proj" matches no linear layer' in found.problems[0]
+    architecture = architecture_of(known_model(suite.model.path).config, "config.json")
+    assert gptq_passes(architecture, quantized_by(architecture, by_gptq)) == 3024
     right = found.recipes[1]
     assert right.quantized == 2 * 17 + 2 * 23 + 2 * 23 * 128
     assert (right.left, right.kv_cache) == (1 + 4 * 6 + 2 * 6, 6)

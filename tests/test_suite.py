@@ -13,7 +13,11 @@ from harness.store import Store
 from harness.suite import load_suite
 
 REPOSITORY = Path(__file__).parent.parent
-SUITES = sorted(path for path in REPOSITORY.glob("suites/**/*.toml") if path.parent.name not in ("gates", "nightly"))
+SUITES = sorted(
+    path
+    for path in REPOSITORY.glob("suites/**/*.toml")
+    if path.parent.name not in ("gates", "nightly") and path.name != "claims.toml"
+)
 
 
 def mistakes_of(path: Path, text: str) -> list[str]:
@@ -33,6 +37,16 @@ def test_the_policies_of_the_repository_are_legal(policy):
 @pytest.mark.parametrize("suite", SUITES, ids=lambda p: p.stem)
 def test_the_suites_of_the_repository_are_legal(suite):
     assert load_suite(suite).variants[0].method == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [("nightly/paper.toml", "is a list of suites, which harness nightly"), ("gates/release.toml", "is a release policy")],
+)
+def test_another_file_than_a_suite_is_told_in_one_line(path, what):
+    with pytest.raises(SuiteError) as caught:
+        load_suite(REPOSITORY / "suites" / path)
+    assert what in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
 def test_variants_are_made_in_the_order_bf16_ptq_qad_qat_whatever_the_file_says(tiny_suite):
@@ -415,6 +429,21 @@ def test_a_gate_and_published_figures_change_no_stage(tiny_suite, tmp_path):
         ('"critical"', '"advisory"', r'gate: .*none is "critical", so nothing could ever be GO'),
         ('kernels = ["w4a4_emulation"]', "", r"gate.kernels: missing"),
         ('variant = "bf16"', 'variant = "fp16"', r'reference.figure\[0\].variant: no variant "fp16"; did you mean bf16\?'),
+        (
+            'task = "mini_math", value',
+            'task = "mini_math", metric = "exact_mach", value',
+            r'reference.figure\[0\].metric: mini_math has no metric "exact_mach"; did you mean exact_match\? Known: exact_match, unparsed',
+        ),
+        (
+            'task = "mini_math", value',
+            'task = "mini_maths", value',
+            r'reference.figure\[0\].task: unknown task "mini_maths"; did you mean mini_math\? Known: ',
+        ),
+        (
+            "value = 60.0",
+            "value = 0.73",
+            r"reference.figure: no value is above 1 \(the largest is 0.73\): .* write 73 for a share",
+        ),
         (', verified = "first-hand"', "", r"reference.figure\[0\].verified: missing; it is required"),
         ('"first-hand"', '"first hand"', r"reference.figure\[0\].verified: found 'first hand'; did you mean first-hand\?"),
         ('source = "a paper"\n', "", r"reference.source: missing; it is required"),
@@ -439,3 +468,62 @@ def test_a_mistake_in_a_gate_is_named(tiny_suite, old, new, message):
     tiny_suite.write_text(tiny_suite.read_text() + GATE.replace(old, new))
     with pytest.raises(SuiteError, match=message):
         load_suite(tiny_suite)
+
+
+@pytest.mark.parametrize(
+    ("engine", "admitted", "candidate", "quantization", "message"),
+    [
+        (
+            'kind = "vllm"\nkernels = "w4a4_emulation"',
+            "native",
+            "ptq",
+            "",
+            'engine.kernels = "w4a4_emulation" computes ptq with w4a4_',
+        ),
+        ('kind = "vllm"\nkernels = "native"', "w4a4_emulation", None, "", 'engine.kernels = "native" computes ptq with native'),
+        ('kind = "hf"', "native", "ptq", "", 'engine.kind = "hf" computes ptq with w4a4_emulation'),
+        ('kind = "hf"', "w4a4_emulation", "ptq", "{ activations = false }", "activations = false computes ptq with w4a16"),
+        ('kind = "vllm"\nkernels = "native"', "native", "qad", "{ activations = false }", None),
+        ('kind = "hf"', "w4a4_emulation", None, "{ activations = false }", None),
+    ],
+)
+def test_kernels_with_which_the_gate_could_never_say_go_are_a_mistake(
+    tiny_suite, engine, admitted, candidate, quantization, message
+):
+    text = tiny_suite.read_text().replace('kind = "hf"\nargs = { batch_size = 8 }\n', f"{engine}\n")
+    text = text.replace('method = "ptq"', f'method = "ptq"\nquantization = {quantization or "{}"}', 1)
+    gate = GATE.replace("w4a4_emulation", admitted).replace(
+        'candidate = "ptq"\n', f'candidate = "{candidate}"\n' if candidate else ""
+    )
+    if message is None:
+        tiny_suite.write_text(text + gate)
+        assert load_suite(tiny_suite).gate.kernels == (admitted,)
+        return
+    (line,) = mistakes_of(tiny_suite, text + gate)
+    assert line.startswith(f"gate.kernels: found ['{admitted}'], but {message}") and "mini_math could never PASS" in line
+
+
+def test_kernels_say_nothing_of_a_gate_that_judges_imported_scores_alone(tiny_suite):
+    gate = (
+        GATE.replace("w4a4_emulation", "native")
+        .replace("mini_math", "maths", 1)
+        .replace("candidate", "admit_imported = true\ncandidate")
+    )
+    tiny_suite.write_text(tiny_suite.read_text() + gate)
+    assert load_suite(tiny_suite).gate.admit_imported
+
+
+def test_a_key_that_stands_twice_is_named(tiny_suite):
+    text = tiny_suite.read_text().replace("[training]\n", "[training]\nbatch_size = 4\nbatch_size = 8\n", 1)
+    (line,) = mistakes_of(tiny_suite, text)
+    assert re.search(r'Cannot overwrite a value \(at line \d+, column \d+\): "batch_size" is there twice; remove one$', line)
+
+
+def test_a_section_that_says_nothing_is_told_in_our_words(tiny_suite):
+    text = tiny_suite.read_text().replace("[quantization]\n", "[quantization]\nexclude_layers = {}\n", 1)
+    (line,) = mistakes_of(tiny_suite, text)
+    assert (
+        line.startswith("quantization.exclude_layers: ")
+        and "alue error" not in line
+        and "it names no layer; give first" in line
+    )

@@ -36,7 +36,7 @@ from harness.images import Image
 from harness.models import has_vision, text_config_with_defaults
 from harness.numerics import versions
 from harness.provenance import VLLM_PACKAGES, gpu_count, package_versions, vllm_device_kind
-from qad.building import runs_remote_code
+from qad.remote_code import runs_remote_code
 from qad.vllm_plugin import CHOICES as OURS
 from qad.vllm_plugin import DECILM, IMAGES, VARIABLE
 
