@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from harness.hardware import BF16, FP8_BYTES
+
 Kind = Literal["linear", "experts", "embedding", "head", "other", "vision"]
 """Classes of weights. A recipe quantizes "linear" and "experts", and "head" where it does not exclude it; "other" is norms, routers,
 convolutions, biases, states."""
@@ -37,12 +39,16 @@ class Weight:
 
 @dataclass(frozen=True)
 class Attention:
-    """heads and kv_heads of head_dim. has_norms: queries and keys are normed."""
+    """heads and kv_heads of head_dim. has_norms: queries and keys are normed.
+
+    latent: numbers a token that the cache of all heads holds in place of keys and values (MLA, arXiv 2412.19437); 0 without.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     has_norms: bool = False
+    latent: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A whole model. outside: embeddings, output head, final norm, vision. notes: what of it is an estimate."""
+    """A whole model. outside: embeddings, output head, final norm, vision. notes: what of it is an estimate. is_fp8: released so, not in BF16."""
 
     model_type: str
     width: int
@@ -111,6 +117,7 @@ class Architecture:
     layers: tuple[Layer, ...]
     outside: tuple[Weight, ...]
     notes: tuple[str, ...] = ()
+    is_fp8: bool = False
 
     @property
     def weights(self) -> Iterator[Weight]:
@@ -122,6 +129,12 @@ class Architecture:
     def size(self) -> int:
         """Parameters; a tied output head counts once."""
         return sum(weight.size for weight in self.weights)
+
+    @cached_property
+    def stored_bytes(self) -> int:
+        """Of the release: two bytes a parameter, or one of each in a linear layer where it is in FP8."""
+        eights = sum(w.size for w in self.weights if w.kind in ("linear", "experts")) if self.is_fp8 else 0
+        return BF16 * self.size - (BF16 - FP8_BYTES) * eights
 
     @cached_property
     def active(self) -> float:

@@ -25,6 +25,12 @@ _LAYERS = {
 }
 
 
+_LATENT_NOTE = (
+    "deepseek_v3: weights and the cache (as vLLM keeps it, one latent for all heads) follow its configuration, its further layer that "
+    "predicts a second token is left out; activations and hours are unverified"
+)
+
+
 def architecture_of(config: dict[str, Any], where: str) -> Architecture:
     """The architecture of a configuration; `where` it was found is said in errors.
 
@@ -74,6 +80,7 @@ def _text(fields: _Fields, model_type: str, *, prefix: str, head: str) -> Archit
         "qwen2": _decoder,
         "qwen3": _decoder,
         "qwen3_moe": _decoder,
+        "deepseek_v3": _latent,
         "nemotron_h": _hybrid,
         "nemotron-nas": _blocks,
     }
@@ -92,7 +99,9 @@ def _text(fields: _Fields, model_type: str, *, prefix: str, head: str) -> Archit
         outside.append(Weight(head, (vocabulary, width), "head"))
     layers = readers[model_type](fields, prefix)
     context = fields.number("max_position_embeddings", default=0)
-    return Architecture(model_type, width, vocabulary, context, layers, tuple(outside))
+    notes = () if model_type != "deepseek_v3" else (_LATENT_NOTE,)
+    is_fp8 = (fields.config.get("quantization_config") or {}).get("quant_method") == "fp8"
+    return Architecture(model_type, width, vocabulary, context, layers, tuple(outside), notes, is_fp8)
 
 
 def _decoder(fields: _Fields, prefix: str) -> tuple[Layer, ...]:
@@ -123,6 +132,36 @@ def _decoder(fields: _Fields, prefix: str) -> tuple[Layer, ...]:
         weights = [
             *_attention(f"{name}.self_attn", width, attention, has_bias=has_bias, output_bias=output_bias),
             *_inner(f"{name}.mlp", width, part, has_bias=kind == "llama" and fields.flag("mlp_bias")),
+            *_norms(name, width, "input_layernorm", "post_attention_layernorm"),
+        ]
+        layers.append(Layer((attention, part), tuple(weights)))
+    return tuple(layers)
+
+
+def _latent(fields: _Fields, prefix: str) -> tuple[Layer, ...]:
+    """DeepSeek V3: attention over a latent of keys and values (MLA), an MLP in the first layers and experts after them."""
+    width, heads = fields.number("hidden_size"), fields.number("num_attention_heads")
+    plain, rotated, value = (fields.number(f"{kind}_head_dim") for kind in ("qk_nope", "qk_rope", "v"))
+    q_rank, kv_rank = fields.number("q_lora_rank"), fields.number("kv_lora_rank")
+    attention = Attention(heads, heads, plain + rotated, latent=kv_rank + rotated)
+    layers = []
+    for index in range(fields.number("num_hidden_layers")):
+        name = f"{prefix}layers.{index}"
+        part: Mlp | Experts = Mlp(fields.number("intermediate_size"), gated=True)
+        if index >= fields.number("first_k_dense_replace"):
+            inner = fields.number("moe_intermediate_size")
+            count, active = fields.number("n_routed_experts"), fields.number("num_experts_per_tok")
+            part = Experts(count, active, inner, width, gated=True, shared=inner * fields.number("n_shared_experts"))
+        own = f"{name}.self_attn"
+        weights = [
+            *_linear(f"{own}.q_a_proj", q_rank, width, has_bias=False),
+            *_linear(f"{own}.q_b_proj", heads * (plain + rotated), q_rank, has_bias=False),
+            *_linear(f"{own}.kv_a_proj_with_mqa", kv_rank + rotated, width, has_bias=False),
+            *_linear(f"{own}.kv_b_proj", heads * (plain + value), kv_rank, has_bias=False),
+            *_linear(f"{own}.o_proj", width, heads * value, has_bias=False),
+            *_norms(own, q_rank, "q_a_layernorm"),
+            *_norms(own, kv_rank, "kv_a_layernorm"),
+            *_inner(f"{name}.mlp", width, part, has_bias=False),
             *_norms(name, width, "input_layernorm", "post_attention_layernorm"),
         ]
         layers.append(Layer((attention, part), tuple(weights)))

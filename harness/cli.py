@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -94,7 +95,8 @@ def rehearse(
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="The model's config.json, where it is not found.")] = None,
 ) -> None:
     """Try the whole suite here in minutes, with small random models and few rows. Status 1: problems; 4: a part was not rehearsed."""
-    with reporting(is_verdict=True):
+    with reporting("; nothing of a rehearsal is kept, the same command starts anew", is_verdict=True):
+        os.environ["TQDM_DISABLE"] = "1"  # read once, when torch imports the library: the progress shown is ours
         from rich.console import Console
 
         from harness.progress import Reporter
@@ -110,7 +112,7 @@ def rehearse(
 @app.command()
 def plan(
     suite: SuiteArgument,
-    policy: Annotated[Path | None, typer.Option(help="A release policy in place of the suite's [gate].")] = None,
+    policy: Annotated[Path | None, typer.Option(help="A release policy in place of the suite's \\[gate].")] = None,
     results: Annotated[Path, typer.Option(help="Where earlier runs show how much answers vary.")] = Path("results"),
     gpu: Annotated[str | None, typer.Option(help="Plan memory, GPU-hours and disk for a100, h100, h200, b200 or b300.")] = None,
     count: Annotated[int | None, typer.Option(help="With --gpu: GPUs of a node.")] = None,
@@ -118,22 +120,29 @@ def plan(
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="With --gpu: the model's config.json, where it is not found.")
     ] = None,
+    host_memory: Annotated[
+        float | None, typer.Option(metavar="GB", help="With --gpu: memory of a node beside its GPUs, to be compared too.")
+    ] = None,
 ) -> None:
     """Show the stages of a suite: which are stored, what the others take; and which margins its gate can decide.
 
     With --gpu, also what they need of such machines; status 1 where a stage does not fit. Nothing but a config.json is downloaded. Status 2: models
-    or rows are missing, or a run would end with [quantization], which is said at the end.
+    or rows are missing, or a run would end with \\[quantization], which is said at the end.
     """
     with reporting():
         from harness.hardware import cluster_of
         from harness.outline import outline
 
-        cluster = cluster_of(gpu, count, nodes, config=config)
+        cluster = cluster_of(gpu, count, nodes, config=config, host_gb=host_memory)
         missing: list[str] = []
         for line in outline(suite, policy=policy, results=results, missing=missing):
             print(line)
         fits = True
-        if cluster is not None:
+        if cluster is None:
+            from harness.recipe_mistakes import mistakes_at_hand
+
+            missing += mistakes_at_hand(suite)
+        else:
             from harness.plan_hardware import hardware_outlook
 
             try:
@@ -309,7 +318,8 @@ def parity(
     with reporting(is_verdict=True):
         from rich.console import Console
 
-        from harness.parity import report, run_parity
+        from harness.parity import run_parity
+        from harness.parity_report import report
         from harness.progress import Reporter
 
         record, path = run_parity(

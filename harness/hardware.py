@@ -49,7 +49,7 @@ NCCL_BYTES = 411_041_792
 FRAGMENTATION = 0.05
 """What torch's allocator holds beyond what tensors have, as a share of it. Assumed: no source."""
 
-BF16, FP32, FP64 = 2, 4, 8
+BF16, FP32, FP64, INT64 = 2, 4, 8, 8
 """Bytes of a number."""
 CODE_BYTES = 0.5 + 1 / 16
 """Bytes of a weight in NVFP4: a code of four bits, and a block scale of eight for 16 of them. By the format."""
@@ -70,17 +70,18 @@ HF_SHARE = 0.15
 VLLM_MEMORY_SHARE = 0.92
 """`gpu_memory_utilization` where a suite does not say. vLLM 0.32, vllm/config/cache.py."""
 
-MAX_COUNT, MAX_NODES = 16, 1024
-"""GPUs of a node, and nodes, beyond which a number is taken for a mistake."""
+MAX_COUNT, MAX_NODES, MAX_HOST_GB = 16, 1024, 100_000
+"""GPUs of a node, nodes, and GB of a node's memory, beyond which a number is taken for a mistake."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """`nodes` machines with `count` GPUs each."""
+    """`nodes` machines with `count` GPUs each. host_gb: the memory of one of them beside its GPUs, None where nobody says."""
 
     gpu: Gpu
     count: int
     nodes: int = 1
+    host_gb: float | None = None
 
     @property
     def ranks(self) -> int:
@@ -91,13 +92,20 @@ class Cluster:
         return each if self.nodes == 1 else f"{self.nodes} nodes of {each}"
 
 
-def cluster_of(gpu: str | None, count: int | None, nodes: int | None = None, *, config: Path | None = None) -> Cluster | None:
+def cluster_of(
+    gpu: str | None,
+    count: int | None,
+    nodes: int | None = None,
+    *,
+    config: Path | None = None,
+    host_gb: float | None = None,
+) -> Cluster | None:
     """The cluster that the command line asks for, None where it asks for none.
 
     Raises:
         SuiteError: a GPU that is not known, a number that is missing or makes no sense, or one of the others without a GPU.
     """
-    others = {"--count": count, "--nodes": nodes, "--config": config}
+    others = {"--count": count, "--nodes": nodes, "--config": config, "--host-memory": host_gb}
     if gpu is None:
         given = [name for name, value in others.items() if value is not None]
         if given:
@@ -111,4 +119,6 @@ def cluster_of(gpu: str | None, count: int | None, nodes: int | None = None, *, 
     for name, value, most, what in (("--count", count, MAX_COUNT, "GPUs of a node"), ("--nodes", nodes, MAX_NODES, "nodes")):
         if not 1 <= value <= most:
             raise SuiteError(f"{name} {value}: allowed are 1 to {most} {what}")
-    return Cluster(GPUS[gpu.lower()], count, nodes)
+    if host_gb is not None and not 0 < host_gb <= MAX_HOST_GB:
+        raise SuiteError(f"--host-memory {host_gb:g}: allowed are more than 0, and at most {MAX_HOST_GB:,} GB of a node")
+    return Cluster(GPUS[gpu.lower()], count, nodes, host_gb)

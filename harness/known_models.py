@@ -1,7 +1,7 @@
 """Configurations of models that are kept with the harness: what is planned and rehearsed before a config.json is to be had. Standard library only.
 
 Each file of `known_models/` is one model: fields of its config.json, where they were found in public, and whether two sources agree on them
-or the model's own file was read. Weights are not here, and no run reads these files: it has the model's own.
+or the model's own file was read. Weights are not here, and no run depends on these files: by the time it checks a recipe it has the model's own.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A need is the worst of a few *moments*. What is counted follows `qad.distill`, `qad.masters`, `qad.layers`, `qad.losses` and
 `harness.stages`; a change there is a change here. On a CPU the figures are held against measured memory (bench/plan_memory.py); those
-of GPUs, of several ranks, of Mamba and of experts are not verified.
+of GPUs, of several ranks and of Mamba are not verified.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from harness import activations
 from harness.architecture import Architecture, Attention, Layer
-from harness.hardware import BF16, CODE_BYTES, FP32, FP64, FRAGMENTATION, NCCL_BYTES
+from harness.hardware import BF16, CODE_BYTES, FP8_BYTES, FP32, FP64, FRAGMENTATION, NCCL_BYTES
 
 CHUNK_TOKENS = 128
 """Tokens that have logits at a time in the loss (`qad.losses.CHUNK_TOKENS`; a test holds both together)."""
@@ -51,7 +51,7 @@ def with_slack(moment: Moment, *, ranks: int = 1) -> Moment:
 class Training:
     """A training as memory sees it.
 
-    teacher: None where the loss needs none. quantized: names of the weights with codes. rows, tokens: of one forward pass, on one rank;
+    teacher: None where the loss needs none. quantized: names of the weights with codes; fp8: those of them that are FP8. rows, tokens: of one forward pass, on one rank;
     n_batches: forward passes of a rank in a step. n_loss_tokens: of a forward pass; all of them at most.
     """
 
@@ -71,20 +71,27 @@ class Training:
     is_packed: bool = False
     is_cpu: bool = False
     n_steps: int = 2
+    fp8: frozenset[str] = frozenset()
     sizes: dict[str, int] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sizes["quantized"] = sum(w.size for w in self.student.weights if w.name in self.quantized)
+        self.sizes["fp8"] = sum(w.size for w in self.student.weights if w.name in self.fp8)
         self.sizes["largest"] = max((w.size for w in self.student.weights if w.name in self.quantized), default=0)
         self.sizes["layer"] = max((layer.size for layer in self.student.layers), default=0)
 
     @property
     def n_masters(self) -> float:
         """Numbers that the optimizer owns, over all ranks."""
-        scales = self.sizes["quantized"] / 16 if self.learned_scales or self.train == "scales" else 0
+        scales = (self.sizes["quantized"] - self.sizes["fp8"]) / 16 if self.learned_scales or self.train == "scales" else 0
         if self.train == "scales":
             return scales
         return scales + (self.student.size if self.train == "all" else self.sizes["quantized"])
+
+    @property
+    def code_bytes(self) -> float:
+        """Of the codes and block scales of all quantized weights."""
+        return CODE_BYTES * (self.sizes["quantized"] - self.sizes["fp8"]) + FP8_BYTES * self.sizes["fp8"]
 
     @property
     def n_gradients(self) -> float:
@@ -105,7 +112,7 @@ class Training:
         there = {
             "student": student.size * (FP32 if n > 1 else BF16) / n,
             "teacher": self.teacher.size * BF16 / n if self.teacher is not None else 0.0,
-            "codes, now and at the start": 2 * CODE_BYTES * self.sizes["quantized"] / n,
+            "codes, now and at the start": 2 * self.code_bytes / n,
             "FP32 masters": FP32 * self.n_masters / n,
             "optimizer state": states * FP32 * self.n_masters / n,
         }
@@ -123,7 +130,7 @@ class Training:
         items: dict[str, float] = {
             "student": BF16 * self.student.size,
             "teacher": BF16 * self.teacher.size if self.teacher is not None else 0.0,
-            "codes": CODE_BYTES * quantized,
+            "codes": self.code_bytes,
         }
         if not self.is_cpu:  # where codes and weights before quantization stay on the host until they are needed
             return []
@@ -197,10 +204,18 @@ class Training:
         return BF16 * self.student.width * tokens * len(self.student.layers) if self.activation_checkpointing else 0.0
 
 
-def of_training_host(student: Architecture, teacher: Architecture | None, quantized: int, processes: int) -> float:
+def of_training_host(training: Training, processes: int) -> float:
     """Host memory of a node with `processes` ranks before they shard: student, its weights before quantization, codes, teacher."""
-    each = BF16 * student.size + (BF16 + CODE_BYTES) * quantized + (BF16 * teacher.size if teacher is not None else 0)
-    return processes * each
+    teacher = 0 if training.teacher is None else BF16 * training.teacher.size
+    return processes * (BF16 * (training.student.size + training.sizes["quantized"]) + training.code_bytes + teacher)
+
+
+def of_quantization_host(model: Architecture, quantized: frozenset[str], fp8: frozenset[str]) -> float:
+    """Host memory of a model while it is quantized: its weights, those of them that are quantized once more, and their codes."""
+    sizes = {w.name: w.size for w in model.weights if w.name in quantized}
+    eights = sum(size for name, size in sizes.items() if name in fp8)
+    total = sum(sizes.values())
+    return BF16 * (model.size + total) + CODE_BYTES * (total - eights) + FP8_BYTES * eights
 
 
 def of_loading(model: Architecture) -> Moment:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import ModelError
+from harness.gguf_config import gguf_configuration
 from harness.hub_models import CONFIG as CONFIG
 from harness.hub_models import cached_config, fetch_config
 from harness.known_models import known_model
+from harness.models import mirror_folder
 from harness.plan import Stage
 from harness.schema import Model
 from harness.store import Store
@@ -28,10 +30,11 @@ class Configuration:
 def config_of(stage: Stage, store: Store) -> Configuration:
     """The configuration of the model of a stage of kind "model".
 
-    Looked for in the folder or the mirror, then the cache of the hub, then among those kept with the harness; that file alone is then fetched.
+    Looked for in the folder (which may hold nothing else yet) or the mirror, then the cache of the hub, then among those kept with the harness; that file alone is then fetched.
+    Of a GGUF file, in what it was converted to, and then in its own metadata.
 
     Raises:
-        ModelError: a GGUF file that was not converted yet, or a model of the hub that cannot be read: gated, renamed, no network.
+        ModelError: a GGUF file whose metadata cannot be read, or a model of the hub that cannot be: gated, renamed, no network.
     """
     source = stage.source
     assert source is not None
@@ -39,13 +42,25 @@ def config_of(stage: Stage, store: Store) -> Configuration:
         return configuration_of(source.wanted)
     if source.gguf is not None:
         found = store.find(stage.key)
-        if found is None:
-            raise ModelError(
-                f"{stage.label}: {source.gguf} has a {CONFIG} once it is converted; run harness prepare on the suite, or give one by --config"
-            )
-        return read_configuration(found.folder / CONFIG)
+        if found is not None:
+            return read_configuration(found.folder / CONFIG)
+        assert source.folder is not None
+        note = f"{source.gguf}: planned from its metadata, in BF16 as it will be converted; no weights were read"
+        return Configuration(gguf_configuration(source.folder / source.gguf), source.gguf, note)
     assert source.folder is not None
     return read_configuration(source.folder / CONFIG)
+
+
+def configuration_at_hand(stage: Stage, store: Store) -> Configuration | None:
+    """The same, where it is on this machine; None where it is not, or cannot be read, which is said when it is loaded."""
+    source = stage.source
+    assert source is not None
+    wanted = source.wanted
+    is_here = wanted is None or cached_config(wanted) is not None or known_model(wanted.path) is not None
+    try:
+        return config_of(stage, store) if is_here else None
+    except ModelError:
+        return None
 
 
 def read_configuration(path: Path) -> Configuration:
@@ -63,6 +78,9 @@ def read_configuration(path: Path) -> Configuration:
 
 def configuration_of(model: Model) -> Configuration:
     """The configuration of a model of the hub, as `config_of` looks for it."""
+    for folder in (Path(model.path).expanduser(), mirror_folder(model.path)):
+        if folder is not None and (folder / CONFIG).is_file():
+            return read_configuration(folder / CONFIG)
     cached = cached_config(model)
     if cached is not None:
         return read_configuration(cached)

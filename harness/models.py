@@ -39,6 +39,11 @@ class Source:
     notes: tuple[str, ...] = ()
     wanted: Model | None = None
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether it is nowhere, in a plan that is only looked at."""
+        return self.fingerprint.startswith("missing:")
+
 
 def resolve_model(model: Model, store: Store) -> Source:
     """Find the model of a suite without reading its weights more than once; ModelError if it, or the mirror itself, is nowhere."""

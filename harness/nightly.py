@@ -36,6 +36,7 @@ from harness.gate_checks import quantized
 from harness.policy import load_policy, resolve_policy
 from harness.records import is_complete, open_results, read_json
 from harness.reporting import EXIT_ERROR, EXIT_GAPS, EXIT_INCONCLUSIVE, EXIT_INTERRUPTED, EXIT_PROBLEMS, stopped_by_sigterm
+from harness.several_gpus import on_one_gpu
 from harness.store import disk_errors, make_folder, write_text
 from harness.suite import load_suite
 from qad.errors import QadError
@@ -146,6 +147,8 @@ def nightly(suites: Sequence[Path], *, results: Path, policy: Path | None, out: 
         with disk_errors(f"the folder {night.latest}"):
             shutil.rmtree(night.latest, ignore_errors=True)
             night.latest.mkdir(parents=True)
+        for note in filter(None, map(on_one_gpu, suites)):
+            tell(note)
         told = _each(suites, night)
         failed = [f"{each.suite or each.file}: {each.error}" for each in told if each.error]
         site, problem = _site(results, out or results / "site")

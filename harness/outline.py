@@ -9,6 +9,7 @@ from pathlib import Path
 from harness.done import adopt_imported, find_done
 from harness.plan import Plan, Stage, make_plan
 from harness.records import read_json
+from harness.reference_metrics import mistaken_metrics
 from harness.schema_data import Bos, Teacher
 from harness.store import Store, StoredStage, cache_folder
 from harness.suite import load_suite
@@ -34,8 +35,19 @@ def outline(
     n_done = 0
     for stage in plan.stages:
         found = None if stage.is_external else find_done(stage, store)
-        n_done += stage.is_external or found is not None
-        state = "external" if stage.is_external else "to do" if found is None else "imported" if found.is_imported else "stored"
+        is_missing = stage.source is not None and stage.source.is_missing
+        n_done += (stage.is_external and not is_missing) or found is not None
+        state = (
+            "missing"
+            if is_missing
+            else "external"
+            if stage.is_external
+            else "to do"
+            if found is None
+            else "imported"
+            if found.is_imported
+            else "stored"
+        )
         key = found.record["key"] if found is not None else stage.key
         begun = _begun(stage, store) if state == "to do" else ""
         lines.append(f"  {state:8}  {key[:12]}  {stage.label}{_size(plan, stage, store)}{_origin(found)}{begun}")
@@ -43,6 +55,7 @@ def outline(
     lines += [f"{group}: default {default}" for group, default in defaults]
     lines += list(dict.fromkeys(task.default for task in plan.suite.tasks if task.default))
     lines += _missing_keys(plan)
+    (lines if missing is None else missing).extend(mistaken_metrics(plan, store))
     lines += [*unused, *_left_behind(plan, store), f"{n_done} of {len(plan.stages)} stages are stored"]
     return lines + _gate(plan, store, policy, results)
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from harness.errors import ModelError, SuiteError
@@ -389,7 +390,7 @@ def _or_missing(find: Callable[[], Source], path: str, missing: list[str] | None
     try:
         return find()
     except ModelError as error:
-        if missing is None or not is_hub_id(path):
+        if missing is None or not (is_hub_id(path) or (Path(path).expanduser() / "config.json").is_file()):
             raise
         missing.append(str(error))
         return Source(None, None, f"missing:{path}", "not found", wanted=Model(path=path))

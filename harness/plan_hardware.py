@@ -10,15 +10,17 @@ from harness import memory_model
 from harness.architecture import Architecture
 from harness.architecture_sizes import architecture_of
 from harness.done import adopt_imported, find_done
-from harness.hardware import BF16, CODE_BYTES, GIB, Cluster
+from harness.hardware import BF16, GIB, TRAINING_SHARE, TRAINING_SHARE_EXPERTS, Cluster
 from harness.model_config import config_of, read_configuration
 from harness.plan import Plan, Stage, make_plan
-from harness.planned_recipe import fp8_by, mistakes_of, quantized_by
+from harness.planned_recipe import fp8_by, quantized_by
+from harness.recipe_mistakes import planned_mistakes
 from harness.schema_data import Bos, Teacher
+from harness.several_gpus import MORE, torchrun_command
 from harness.stage_needs import HF_BATCH, VLLM_SEQUENCES, Models, Need, asked_of, needs, served_bytes, training_of
 from harness.store import Store, cache_folder
 from harness.suite import load_suite
-from harness.task_costs import PROMPT_TOKENS, n_requests, new_tokens
+from harness.task_costs import PROMPT_TOKENS, n_requests, new_tokens, prompt_tokens
 from harness.time_and_disk import (
     ANSWER_BYTES,
     TOKEN_BYTES,
@@ -33,7 +35,9 @@ from harness.time_and_disk import (
 )
 
 _SHOWN = 4
-"""Contributors that are shown of a need."""
+"""Contributors of a need that are shown by name; the others are its rest."""
+_LEAST = 0.05
+"""GPU-hours below which something has no line of its own."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,9 @@ def hardware_outlook(path: Path, cluster: Cluster, *, config: Path | None = None
     models = _models(plan, store, config)
     todo = [stage for stage in plan.stages if not stage.is_external and find_done(stage, store) is None]
     found = needs(plan, todo, models, cluster)
-    fits = all(need.fits for need in found)
+    host_bytes, when = _host(todo, models, cluster)
+    is_host_short = cluster.host_gb is not None and host_bytes > cluster.host_gb * 1e9
+    fits = all(need.fits for need in found) and not is_host_short
     recipes, mistakes = _recipes(plan, models.model)
     lines = [
         f"hardware: {cluster}; nothing of it is verified on such a machine. Sources and assumptions: harness/hardware.py",
@@ -70,12 +76,11 @@ def hardware_outlook(path: Path, cluster: Cluster, *, config: Path | None = None
         *recipes,
         *mistakes,
         *_memory(found, cluster),
-        *_host(todo, models, cluster),
+        *_host_line(host_bytes, when, cluster),
         *_hours(plan, todo, models, cluster, store),
         *_disk(plan, todo, models, store),
-        "the GPUs fit; host memory is not compared"
-        if fits
-        else f"does NOT fit: {', '.join(need.label for need in found if not need.fits)}",
+        *_launch(path, todo, cluster),
+        *_verdict(found, host_bytes, cluster, is_host_short=is_host_short),
     ]
     return Outlook(tuple(lines), fits, tuple(mistakes))
 
@@ -94,14 +99,14 @@ def _models(plan: Plan, store: Store, config: Path | None) -> Models:
 
 def _model_line(model: Architecture) -> str:
     active = f", {model.active / 1e9:.2f} of them for a token" if model.has_experts else ""
-    return f"model: {model.model_type}, {model.size / 1e9:.2f} billion parameters{active}, {BF16 * model.size / GIB:.1f} GiB in BF16"
+    return f"model: {model.model_type}, {model.size / 1e9:.2f} billion parameters{active}, {model.stored_bytes / GIB:.1f} GiB in {'FP8' if model.is_fp8 else 'BF16'}"
 
 
 def _unseen(plan: Plan) -> list[str]:
     """A line for each checkpoint that was made elsewhere and whose files are not here."""
     named = {v.name: plan.checkpoint_of[v.name].source for v in plan.variants if v.method == "checkpoint"}
     return [
-        f"note: {name}: counted as BF16, at most: its files are not here"
+        f"note: {name}: counted as large as the model, at most: its files are not here"
         for name, source in named.items()
         if source is not None and source.folder is None
     ]
@@ -109,44 +114,80 @@ def _unseen(plan: Plan) -> list[str]:
 
 def _recipes(plan: Plan, model: Architecture) -> tuple[list[str], list[str]]:
     """The share that each section quantizes, and what of it would end the run."""
-    lines, mistakes = [], []
+    lines = []
     for quantization in {v.quantization.model_dump_json(): v.quantization for v in plan.variants if v.quantization}.values():
         names = quantized_by(model, quantization)
         share = sum(weight.size for weight in model.weights if weight.name in names) / model.size
         layers = quantization.exclude_layers
         excluded = [*quantization.exclude, *(f"{key} = {json.dumps(value)}" for key, value in layers or () if value)]
         lines.append(f"quantized: {share:.1%} of the parameters, in {len(names):,} weights; excluded: {', '.join(excluded)}")
-        mistakes += mistakes_of(model, quantization)
-    return list(dict.fromkeys(lines)), list(dict.fromkeys(mistakes))
+    return list(dict.fromkeys(lines)), planned_mistakes(plan, model)
 
 
 def _memory(found: list[Need], cluster: Cluster) -> list[str]:
     lines = [f"memory of a GPU, at the worst moment of each stage; {cluster.gpu.usable_bytes / GIB:.1f} GiB are usable:"]
     width = max((len(need.label) for need in found), default=0)
     for need in found:
-        verdict = "fits" if need.fits else "DOES NOT FIT"
-        items = ", ".join(f"{what} {n / GIB:.1f}" for what, n in need.moment.largest[:_SHOWN])
+        has_room = need.moment.total <= need.available
+        verdict = "fits" if need.fits else "NOT POSSIBLE" if has_room else "DOES NOT FIT"
+        largest = need.moment.largest
+        shown = largest if len(largest) <= _SHOWN + 1 else [*largest[:_SHOWN], ("rest", sum(n for _, n in largest[_SHOWN:]))]
+        items = ", ".join(f"{what} {n / GIB:.1f}" for what, n in shown)
         lines.append(
             f"  {need.label:{width}}  {need.moment.total / GIB:7.1f} of {need.available / GIB:5.1f} GiB  {verdict:12}  "
             f"{need.gpus} GPU{'s' * (need.gpus > 1)}, {need.moment.name}: {items}"
         )
-        lines += [f"  {'':{width}}  {problem}" for problem in [need.problem] if problem is not None]
+        lines += [f"  {'':{width}}  {problem}" for problem in need.problems]
         lines += [f"  {'':{width}}  {'change' if not need.fits else 'note'}: {advice}" for advice in need.advice]
     return lines
 
 
-def _host(todo: list[Stage], models: Models, cluster: Cluster) -> list[str]:
-    """Host memory that trainings need before they shard."""
-    wanted = 0.0
-    for stage in (stage for stage in todo if stage.kind == "train"):
-        training = training_of(stage, models, cluster.ranks)
-        wanted = max(
-            wanted,
-            memory_model.of_training_host(training.student, training.teacher, training.sizes["quantized"], cluster.count),
-        )
+def _host(todo: list[Stage], models: Models, cluster: Cluster) -> tuple[float, str]:
+    """Bytes of host memory on a node of what needs most of it, and what that is: a training before it shards, or a model while it is quantized."""
+    wanted = [(0.0, "")]
+    for stage in todo:
+        if stage.kind == "train":
+            processes = f"{cluster.count} process{'es' * (cluster.count > 1)}"
+            each = memory_model.of_training_host(training_of(stage, models, cluster.ranks), cluster.count)
+            wanted.append((each, f"on each node, before a training is on its GPUs ({processes})"))
+        elif stage.kind == "quantize":
+            names = quantized_by(models.model, stage.quantization)
+            each = memory_model.of_quantization_host(models.model, names, fp8_by(models.model, stage.quantization))
+            wanted.append((each, "on one node, while the model is quantized (one process)"))
+    return max(wanted)
+
+
+def _host_line(wanted: float, when: str, cluster: Cluster) -> list[str]:
     if not wanted:
         return []
-    return [f"host memory: {wanted / 1e9:,.0f} GB on each node, before a training is on its GPUs ({cluster.count} processes)"]
+    said = f"host memory: {wanted / 1e9:,.0f} GB {when}"
+    if cluster.host_gb is None:
+        return [said]
+    verdict = "fits" if wanted <= cluster.host_gb * 1e9 else "DOES NOT FIT"
+    return [f"{said}, of {cluster.host_gb:,.0f} GB: {verdict}"]
+
+
+def _verdict(found: list[Need], host_bytes: float, cluster: Cluster, *, is_host_short: bool) -> list[str]:
+    """The last line: whether all of it fits, and what was not compared."""
+    short = [need.label for need in found if need.moment.total > need.available] + ["host memory"] * is_host_short
+    barred = [need.label for need in found if need.problems and need.label not in short]
+    if short or barred:
+        said = [("does NOT fit", short), ("NOT possible", barred)]
+        return [f"{what}: {'; '.join(labels)}" for what, labels in said if labels]
+    if not host_bytes:
+        return ["the GPUs fit"]
+    if cluster.host_gb is not None:
+        return ["the GPUs fit, and so does host memory"]
+    return [f"the GPUs fit; NOT compared: the {host_bytes / 1e9:,.0f} GB of host memory that a node needs (--host-memory)"]
+
+
+def _launch(path: Path, todo: list[Stage], cluster: Cluster) -> list[str]:
+    """The command, where trainings take more than one GPU: a plain run does them on one."""
+    if cluster.ranks == 1 or not any(stage.kind == "train" for stage in todo):
+        return []
+    where = "" if cluster.nodes == 1 else "on each node: "
+    command = torchrun_command(path, count=cluster.count, nodes=cluster.nodes)
+    return [f"trainings over {cluster.ranks} GPUs take torchrun, else they run on one: {where}{command} ({MORE})"]
 
 
 def _hours(plan: Plan, todo: list[Stage], models: Models, cluster: Cluster, store: Store) -> list[str]:
@@ -166,12 +207,30 @@ def _hours(plan: Plan, todo: list[Stage], models: Models, cluster: Cluster, stor
     if unknown:
         named = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         lines.append(f"  not counted, since their requests or lengths are not known before harness prepare: {named}")
-    lines.append(f"GPU-hours: {sum(cost.gpu_hours for cost in costs.values()):,.1f}, of which")
-    for cost in sorted(costs.values(), key=lambda cost: -cost.gpu_hours):
+    share = TRAINING_SHARE_EXPERTS if models.model.has_experts else TRAINING_SHARE
+    assumed = f" (trainings at {share:.0%} of the BF16 peak, assumed)" if any(s.kind == "train" for s in todo) else ""
+    lines += _times(list(costs.values()), cluster, assumed)
+    for cost in (cost for cost in sorted(costs.values(), key=lambda cost: -cost.gpu_hours) if cost.gpu_hours >= _LEAST):
+        took = f"{cost.hours:,.1f} hours on {cost.gpus} GPU{'s' * (cost.gpus > 1)}"
+        validations = f"; {cost.validation / cost.gpu_hours:.0%} of it validations" if cost.validation else ""
+        lines.append(f"  {cost.gpu_hours:10,.1f}  {cost.label} ({took}{validations})")
+    if any(cost.gpu_hours < _LEAST for cost in costs.values()):
         lines.append(
-            f"  {cost.gpu_hours:10,.1f}  {cost.label} ({cost.hours:,.1f} hours on {cost.gpus} GPU{'s' * (cost.gpus > 1)})"
+            f"  less than {_LEAST} each: {'; '.join(cost.label for cost in costs.values() if cost.gpu_hours < _LEAST)}"
         )
     return lines
+
+
+def _times(costs: list[Cost], cluster: Cluster, assumed: str) -> list[str]:
+    """How long it takes, and what of the machine is paid for: a stage after the other, each on its own number of GPUs."""
+    wall, at_work = sum(cost.hours for cost in costs), sum(cost.gpu_hours for cost in costs)
+    if cluster.ranks == 1 or not wall:
+        return [f"GPU-hours: {at_work:,.1f}{assumed}, one stage after the other, of which"]
+    paid = cluster.ranks * wall
+    return [
+        f"time: {wall:,.1f} hours, one stage after the other: {paid:,.1f} GPU-hours of {cluster.ranks} GPUs, of which {1 - at_work / paid:.0%} idle",
+        f"GPU-hours at work: {at_work:,.1f}{assumed}, of which",
+    ]
 
 
 def _cost(plan: Plan, stage: Stage, models: Models, cluster: Cluster, store: Store) -> tuple[Cost | None, int | None]:
@@ -181,8 +240,9 @@ def _cost(plan: Plan, stage: Stage, models: Models, cluster: Cluster, store: Sto
         assert stage.variant is not None and stage.variant.training is not None
         training = training_of(stage, models, cluster.ranks)
         settings = stage.variant.training
-        hours = training_hours(training, settings.tokens, gpu) + validation_hours(training, settings, gpu)
-        return Cost(stage.label, hours, cluster.ranks), 0
+        validation = validation_hours(training, settings, gpu)
+        hours = training_hours(training, settings.tokens, gpu) + validation
+        return Cost(stage.label, hours, cluster.ranks, validation), 0
     if stage.kind in ("calibrate", "diagnostics"):
         data = stage.inputs.get("data")
         tokens = stage.sections["samples"] * (
@@ -206,8 +266,9 @@ def _cost(plan: Plan, stage: Stage, models: Models, cluster: Cluster, store: Sto
             gpus=int(section.engine_args.get("tensor_parallel_size", 1)),
             weight_bytes=BF16 * model.size,
             is_hf=section.engine == "hf",
+            copies=int(section.engine_args.get("data_parallel_size", 1)),
         )
-        return Cost(stage.label, generation_hours(made, gpu), made.gpus), tokens
+        return Cost(stage.label, generation_hours(made, gpu), made.gpus * made.copies), tokens
     if stage.kind in ("evaluate", "judge"):
         return _answers(plan, stage, models, cluster, store)
     if stage.kind == "select":
@@ -231,17 +292,18 @@ def _answers(plan: Plan, stage: Stage, models: Models, cluster: Cluster, store: 
     asked = Generation(
         model=model,
         requests=requests * task.repeats,
-        prompt=PROMPT_TOKENS,
+        prompt=prompt_tokens(task) if judge is None else PROMPT_TOKENS,
         new=new,
-        rows=max(1, min(rows, *room)),
+        rows=max(1, min([rows, *room])),
         gpus=1 if is_hf else int(engine.args.get("tensor_parallel_size", 1)),
         weight_bytes=BF16 * model.size if is_hf or judge is not None else served_bytes(stage, model, engine.kernels),
         is_hf=is_hf,
+        copies=1 if is_hf else int(engine.args.get("data_parallel_size", 1)),
     )
     if endpoint is not None:
         return None, asked.requests * new
     label = "judge" if judge is not None else f"answers of {variant.name}"
-    return Cost(label, generation_hours(asked, cluster.gpu), asked.gpus), asked.requests * new
+    return Cost(label, generation_hours(asked, cluster.gpu), asked.gpus * asked.copies), asked.requests * new
 
 
 def _selection(plan: Plan, stage: Stage, models: Models, cluster: Cluster, store: Store) -> tuple[Cost | None, int | None]:
@@ -262,7 +324,7 @@ def _disk(plan: Plan, todo: list[Stage], models: Models, store: Store) -> list[s
     sizes: dict[str, float] = {}
     sources = {stage.key: stage for stage in plan.stages if stage.kind == "model" and stage.source is not None}
     wanted = [models.of(stage) for stage in sources.values() if stage.source is not None and stage.source.wanted is not None]
-    sizes["models from the hub"] = sum(BF16 * each.size for each in wanted)
+    sizes["models from the hub"] = sum(each.stored_bytes for each in wanted)
     for stage in todo:
         if (
             stage.kind in ("quantize", "train", "select")
@@ -279,7 +341,7 @@ def _disk(plan: Plan, todo: list[Stage], models: Models, store: Store) -> list[s
                 )
                 keep = {"last": 0, "best_val": 1, "best_of_k": stage.variant.training.candidates}[stage.variant.training.select]
                 whole = training.train == "all"
-                each = size if whole else CODE_BYTES * training.sizes["quantized"]
+                each = size if whole else training.code_bytes
                 sizes["candidates"] = sizes.get("candidates", 0) + (2 * keep + 1) * each * (keep > 0)
         if stage.kind == "model" and stage.source is not None and stage.source.gguf is not None:
             sizes["converted model"] = BF16 * model.size

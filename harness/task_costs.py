@@ -15,6 +15,8 @@ from harness.tasks.sizes import MINI_TASKS
 
 PROMPT_TOKENS = 1024
 """Tokens of a prompt. Assumed: prompts are rendered only when a task is prepared."""
+LONG_PROMPTS = {"aa_lcr": 113_300}
+"""Tasks whose prompts are longer than that by far: tokens of one, the mean as counted of all its rows (LOG.md)."""
 
 
 def n_requests(prepared: Stage, store: Store) -> int | None:
@@ -40,3 +42,8 @@ def new_tokens(task: ResolvedTask) -> int | None:
     if given is None and task.path is None and is_ours(task.name):
         given = (config_of(task.name).get("generation_kwargs") or {}).get("max_gen_toks")
     return None if given is None else int(given)
+
+
+def prompt_tokens(task: ResolvedTask) -> int:
+    """Tokens of a prompt of a task, as far as they are known before it is prepared."""
+    return PROMPT_TOKENS if task.path is not None else LONG_PROMPTS.get(task.own_name, PROMPT_TOKENS)

@@ -36,11 +36,12 @@ ANSWER_BYTES = 4
 
 @dataclass(frozen=True)
 class Cost:
-    """GPU-hours of something, and the hours that it takes on `gpus` of them."""
+    """GPU-hours of something, and the hours that it takes on `gpus` of them. validation: GPU-hours that are validations of a training."""
 
     label: str
     gpu_hours: float
     gpus: int
+    validation: float = 0.0
 
     @property
     def hours(self) -> float:
@@ -80,7 +81,10 @@ def reading_hours(model: Architecture, tokens: float, gpu: Gpu) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """requests prompts of `prompt` tokens, `new` tokens after each, `rows` at a time on `gpus` GPUs that hold weight_bytes in all."""
+    """requests prompts of `prompt` tokens, `new` tokens after each, `rows` at a time on `gpus` GPUs that hold weight_bytes in all.
+
+    copies: of the model, each on as many GPUs, that share the requests.
+    """
 
     model: Architecture
     requests: int
@@ -90,20 +94,22 @@ class Generation:
     gpus: int
     weight_bytes: float
     is_hf: bool = False
+    copies: int = 1
 
 
 def generation_hours(given: Generation, gpu: Gpu) -> float:
     """GPU-hours of answers: prompts by operations; then, a token a row at a time, weights and caches by the memory's bandwidth."""
     if not given.requests:
         return 0.0
-    rows = min(given.rows, given.requests)
-    steps = given.requests * given.new / rows
+    requests = -(-given.requests // given.copies)  # of a copy
+    rows = min(given.rows, requests)
+    steps = requests * given.new / rows
     a_token, a_sequence = activations.cache_bytes(given.model, gpus=given.gpus)
     read = given.weight_bytes / given.gpus + rows * ((given.prompt + given.new / 2) * a_token + a_sequence)  # by each GPU
     share = HF_SHARE if given.is_hf else BANDWIDTH_SHARE
     seconds = read / (share * gpu.bandwidth)
     seconds = max(seconds, rows * 2 * given.model.active / (FORWARD_SHARE * gpu.bf16 * given.gpus))
-    return given.gpus * steps * seconds / 3600 + reading_hours(given.model, given.requests * given.prompt, gpu)
+    return given.copies * given.gpus * steps * seconds / 3600 + reading_hours(given.model, given.requests * given.prompt, gpu)
 
 
 def _attention(model: Architecture, tokens: int, *, is_packed: bool) -> float:

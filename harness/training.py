@@ -231,6 +231,8 @@ def _distil(bench: Workbench, stage: Stage, steps: TrainingSteps, watcher: _Watc
     bench.keep_teacher_alone(stage)
     if objective.needs_teacher or held_out:
         teacher = bench.teacher(stage)
+    else:
+        bench.make_room()
     if settings.packing:
         for model in (student["model"], teacher):
             if model is not None:

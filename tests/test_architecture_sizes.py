@@ -50,6 +50,24 @@ CONFIGS = {
         "moe_intermediate_size": 32,
         "mlp_only_layers": [1],
     },
+    "deepseek_v3": {
+        **TINY,
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 12,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 12,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 32,
+    },
     "hybrid": HYBRID,
     "hybrid-latent-biased": {
         **HYBRID,
@@ -205,7 +223,10 @@ def test_a_token_is_multiplied_with_the_experts_that_it_is_routed_to():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt_bigcode"}, r"model_type 'gpt_bigcode' is not known, .*; known: llama, mistral, .*qwen3_moe"),
+        (
+            {"model_type": "gpt_bigcode"},
+            r"model_type 'gpt_bigcode' is not known, .*; known: deepseek_v3, llama, mistral, .*qwen3_moe",
+        ),
         ({"hidden_size": None}, r"hidden_size: missing; the size of the model depends on it"),
         ({"vocab_size": "many"}, r"vocab_size: found 'many'; allowed is a whole number"),
         ({"hybrid_override_pattern": "MX"}, r"hybrid_override_pattern: found 'MX'; allowed are the letters M \(Mamba\)"),
@@ -234,3 +255,16 @@ def test_a_file_that_is_missing_or_damaged_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps([1]))
     with pytest.raises(ModelError, match=r"config\.json: holds no object"):
         read_configuration(tmp_path / "config.json")
+
+
+def test_deepseek_r1_has_its_published_parameters_and_a_cache_of_one_latent_a_token():
+    from harness.activations import cache_bytes
+    from harness.known_models import FOLDER, read_known_model
+
+    model = architecture_of(read_known_model(FOLDER / "deepseek-r1.json").config, "config.json")
+    assert round(model.size / 1e9) == 671 and model.active / 1e9 == pytest.approx(37, abs=0.7)  # arXiv 2412.19437: 671B, 37B
+    assert model.is_fp8 and model.stored_bytes / 1e9 == pytest.approx(
+        673, abs=3
+    )  # linear layers in FP8, embeddings and head not
+    assert cache_bytes(model) == (61 * (512 + 64) * 2, 0) == cache_bytes(model, gpus=8)
+    assert "unverified" in model.notes[0]

@@ -20,7 +20,9 @@ from harness.recipes import recipe_of
 from harness.schema import Quantization
 from harness.suite import load_suite
 from qad.building import native_class
+from qad.checkpoint import _as_stored
 from qad.experts import open_experts
+from qad.layouts import LAYOUTS, configs
 from qad.recipe import Targets, match
 from qad.stored_names import stored_layers
 
@@ -112,6 +114,20 @@ def test_a_suite_quantizes_and_leaves_the_modules_that_the_released_checkpoint_d
     assert in_files(name, targets.excluded) == published - convolutions
     assert in_files(name, targets.members) == {*hybrid_layers(name), "lm_head"} - published
     assert convolutions == in_files(name, [n for n, m in model_of(name).named_modules() if isinstance(m, nn.Conv1d)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "suite", "routers"),
+    [("nemotron-nano-9b-v2", "nemotron-nano-v2", 0), ("nemotron-3-nano-30b-a3b", "nemotron-3-nano", 23)],
+)
+def test_an_export_lists_what_the_released_checkpoint_lists_and_the_routers_beside(name, suite, routers, layout):
+    """ModelOpt leaves routers alone without listing them; vLLM may build them as linear layers, so ours are named."""
+    published = about(name)["released"]["exclude_modules"]
+    config, _ = configs(layout, _as_stored(targets_of(name, suite), names_in_files(name)), activations=True)
+    moe = [index for index, sign in enumerate(about(name)["config"]["hybrid_override_pattern"]) if sign == "E"]
+    assert len(moe) == routers
+    assert sorted(config["ignore"]) == sorted([*published, *(f"backbone.layers.{index}.mixer.gate" for index in moe)])
 
 
 def test_nano_3_leaves_the_layers_that_the_published_configuration_names_and_quantizes_every_expert():

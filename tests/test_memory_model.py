@@ -28,14 +28,16 @@ def saved(config, *, packed=False):
     """Bytes that autograd keeps of a quantized student's forward pass, weights and what all layers share left out, by layer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from qad.experts import open_experts
     from qad.masters import Masters
     from qad.quantize import quantize_model
     from qad.recipe import Recipe, match
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).to(torch.bfloat16).eval()
+    open_experts(model)
     targets = match(model, Recipe())
-    quantize_model(model, Recipe(), {group.name: 8.0 for group in targets.groups})
+    quantize_model(model, Recipe(), {group.input_name: 8.0 for group in targets.groups})
     Masters(model)
     known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     ids = torch.randint(0, 96, (ROWS, TOKENS))
@@ -92,6 +94,36 @@ def test_an_mlp_without_a_gate_keeps_its_input_what_relu_leaves_and_the_square()
     assert saved(config) == pytest.approx(expected[1:], rel=0.02)
 
 
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 160}
+
+
+def test_what_is_kept_of_experts_is_what_autograd_saves():
+    config = {**DENSE, **EXPERTS, "model_type": "qwen3_moe"}
+    architecture = architecture_of(config, "config.json")
+    expected = activations.kept(architecture, architecture.layers[1]) * ROWS * TOKENS
+    assert saved(config)[1] == pytest.approx(expected, rel=0.02)
+
+
+def test_what_is_kept_of_experts_without_a_gate_is_added_up_in_fp32():
+    config = {
+        **TINY,
+        "model_type": "nemotron_h",
+        "hybrid_override_pattern": "*E*E",
+        "head_dim": 16,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 32,
+        "n_groups": 1,
+        "ssm_state_size": 16,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+        "moe_shared_expert_intermediate_size": 128,
+    }
+    architecture = architecture_of(config, "config.json")
+    expected = [activations.kept(architecture, layer) * ROWS * TOKENS for layer in architecture.layers]
+    assert saved(config) == pytest.approx(expected[1:], rel=0.03)
+
+
 def test_constants_that_other_modules_own_are_theirs():
     assert memory_model.CHUNK_TOKENS == losses.CHUNK_TOKENS
     assert memory_model.FORWARD_TOKENS == batches.FORWARD_TOKENS
@@ -144,6 +176,12 @@ def test_the_worst_moment_of_a_training_takes_what_torch_allocates(bench, how):
     assert configuration.planned().total == pytest.approx(allocated(configuration), rel=0.05)
 
 
+@pytest.mark.parametrize("how", [{}, {"checkpointing": True}], ids=["plain", "checkpointing"])
+def test_the_worst_moment_of_a_training_of_experts_takes_what_torch_allocates(bench, how):
+    configuration = bench.Trained(bench.experts_of(64, 3, 256), rows=8, tokens=128, **how)
+    assert configuration.planned().total == pytest.approx(allocated(configuration), rel=0.07)
+
+
 def test_the_worst_moment_of_a_batch_of_answers_takes_what_torch_allocates(bench):
     configuration = bench.Generated()
     configuration.config, configuration.rows, configuration.prompt = bench.config_of(64, 4, 256), 4, 200
@@ -183,6 +221,17 @@ def test_other_kinds_of_training_own_other_numbers():
     assert training(learned_scales=True).n_masters == quantized * 17 / 16
     assert at(training(optimizer="adafactor"), "optimizer step").items["optimizer state"] == 0
     assert at(training(teacher=None, loss="ce"), "loss").items["teacher"] == 0
+
+
+def test_layers_in_fp8_have_a_byte_a_weight_of_codes_and_no_block_scales_to_learn():
+    one = training()
+    eights = frozenset(name for name in one.quantized if ".mlp." in name)
+    found, n = training(fp8=eights, learned_scales=True), 3 * 3 * 64 * 160
+    codes = at(found, "optimizer step").items["codes, now and at the start"]
+    assert codes == 2 * (n + 0.5625 * (one.sizes["quantized"] - n))
+    assert found.n_masters == one.sizes["quantized"] + (one.sizes["quantized"] - n) / 16
+    difference = memory_model.of_training_host(found, 2) - memory_model.of_training_host(one, 2)
+    assert difference == pytest.approx(2 * (1 - 0.5625) * n)
 
 
 def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer_at_a_time():

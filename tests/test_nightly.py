@@ -239,6 +239,24 @@ def test_a_suite_with_mistakes_is_not_run_and_the_others_are(house):
     assert [(line["suite"], line["status"]) for line in house.history()] == [(None, 2), (None, 2), ("good", 0)]
 
 
+def test_trainings_that_one_gpu_of_several_would_do_are_said_before_the_night_begins(house, tiny_model, monkeypatch):
+    from conftest import SUITE as TINY
+
+    suite = house.finished("one")
+    suite.write_text(TINY.format(model=tiny_model).replace('name = "tiny"', 'name = "one"'))
+    plain = house.finished("two")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    _, said = house.night(suite, plain)
+    assert said[0].startswith(
+        f"{suite}: qad: train, qat: train: without torchrun on one of 4 GPUs, for which it may be too large; "
+    )
+    assert said[0].endswith(f"first: torchrun --nproc-per-node 4 --module harness run {suite} (docs/multi-gpu.md)")
+    assert said[1].startswith("one: ") and "torchrun" not in "".join(said[1:])
+    for visible in ("0", ""):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert house.night(suite, plain)[1][0].startswith("one: ")
+
+
 def test_two_suites_of_one_name_are_one_too_many(house):
     suite = house.finished("one")
     other = house.root / "copy.toml"

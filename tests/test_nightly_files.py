@@ -80,7 +80,7 @@ def test_the_commands_of_the_manual_exist():
         for block in blocks
         for words in harness_commands(re.sub(r"\[(--[^]]*)]", r"\1", block).replace("<run id>", "run"))
     ]
-    assert {words[0] for words in commands} == {"nightly", "accept", "invalidate", "advise"}
+    assert {words[0] for words in commands} == {"nightly", "accept", "invalidate", "advise", "run"}
     for words in commands:
         require_legal(words)
 

@@ -333,3 +333,23 @@ def test_a_plan_of_models_and_rows_that_are_nowhere_goes_on_and_says_all_of_them
     assert ended.exit_code == 2 and "qad: train" in ended.stdout
     assert "to mend before a run:\n  model.revision: org/model is no folder" in ended.stderr
     assert "  data.text.path: no/rows.jsonl: there is no such file" in ended.stderr
+
+
+def test_all_that_is_missing_is_told_by_a_run_and_a_missing_model_counts_as_not_there(tmp_path, own_cache):
+    from rich.console import Console
+
+    from harness.errors import HarnessError
+    from harness.progress import Reporter
+    from harness.run import run_suite
+    from tests.test_rehearse import SUITE
+
+    suite = tmp_path / "small.toml"
+    suite.write_text(SUITE.format(more="").replace('revision = "0123456789abcdef0123456789abcdef01234567"\n', ""))
+    with pytest.raises(HarnessError) as caught:
+        run_suite(suite, tmp_path / "results", (), Reporter(Console(quiet=True)))
+    first, *mistakes = str(caught.value).splitlines()
+    assert first == "to mend before a run:" and len(mistakes) == 2
+    assert "model.revision" in mistakes[0] and "data.chats.revision" in mistakes[1]
+    lines = outline(suite, missing=[])
+    assert any(line.startswith("  missing ") and "model" in line for line in lines), lines
+    assert any(line.startswith("0 of ") and line.endswith(" stages are stored") for line in lines), lines
