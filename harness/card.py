@@ -56,7 +56,7 @@ def write_card(run: Path, variant: str, out: Path) -> list[str]:
     """Write the card of `variant` into `out`, a copy that `harness export` made; returns what to tell the user.
 
     Raises:
-        HarnessError: no such variant, the BF16 model itself, a run that is not finished.
+        HarnessError: no such variant, the BF16 model itself, a run that is not finished, or a rehearsal.
         StoreError: `out` is in the cache, is no export of what was scored, or its README was edited by hand.
     """
     from harness.card_text import card_text
@@ -96,6 +96,8 @@ def _variant(run: Path, about: dict[str, Any], name: str) -> dict[str, Any]:
         raise HarnessError(
             f"{run}: this run is {about['status']}; a card is of a finished one: run the suite again, it goes on"
         )
+    if about.get("rehearsal"):
+        raise StoreError(f"{run}: a rehearsal makes no card, whose figures programs read as the model's; run the real suite")
     withdrawn = withdrawn_reason(run, about)
     if withdrawn is not None:
         raise HarnessError(f"{run}: this run was withdrawn ({withdrawn}), so its figures make no card; run the suite again")

@@ -49,8 +49,6 @@ def _summary(subject: Subject) -> list[str]:
     lines = [
         f"`{base}` in NVFP4, NVIDIA's 4-bit float format, {_METHODS[row['method']]}. {size}, scales and unquantized layers included."
     ]
-    if subject.about.get("rehearsal"):
-        lines += ["", "**A rehearsal: these figures are of a practice run and say nothing of a release.**"]
     verdict = subject.verdict
     if verdict is None:
         return [*lines, "", "No release gate has judged this checkpoint."]

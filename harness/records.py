@@ -116,7 +116,7 @@ def write_rows(
 
     imported: rows of tasks.jsonl that were scored elsewhere; they stand last. is_rehearsal: every row says so.
     """
-    mark = {"rehearsal": True} if is_rehearsal else {}
+    mark = rehearsal_mark(is_rehearsal)
     tasks, subtasks, diagnostics, sequences = [], [], [], []
     with disk_errors(f"the run folder {folder}"):
         for stage, stored in stages:
@@ -141,7 +141,12 @@ def write_rows(
         write_lines(folder / "tasks.jsonl", [row | mark for row in (*tasks, *imported)])
         write_subtasks(folder, [row | mark for row in subtasks])
         write_lines(folder / "diagnostics.jsonl", [row | mark for row in diagnostics])
-        write_lines(folder / "diagnostics_sequences.jsonl", sequences)
+        write_lines(folder / "diagnostics_sequences.jsonl", [row | mark for row in sequences])
+
+
+def rehearsal_mark(is_rehearsal: bool | None) -> dict[str, bool]:
+    """What every row of a rehearsal says; nothing of another run."""
+    return {"rehearsal": True} if is_rehearsal else {}
 
 
 def write_subtasks(folder: Path, rows: Sequence[dict[str, Any]]) -> None:

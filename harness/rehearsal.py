@@ -195,6 +195,8 @@ def _data(found: _Changes, original: Suite) -> None:
             section |= {"seq_len": 64, "tokens": 64 * 160}
         elif source == "drawings":
             section["pictures"] = min(section["pictures"], 240)
+        elif source == "tunnel":
+            section["problems"] = min(section["problems"], 240)
     if sections:
         made = {section["source"] for section in sections.values()}
         found.said.append(f"data: few short rows, at most {SEQ_LEN} tokens each ({', '.join(sorted(made))})")
@@ -294,10 +296,10 @@ def _why_left_out(task: ResolvedTask) -> str | None:
 def _engines(found: _Changes, original: Suite, with_experts: Collection[str]) -> None:
     raw = found.raw
     has_experts = original.model.path in with_experts
-    kernels = raw["engine"].get("kernels")
+    computed = _computes(raw["engine"])
     _engine(found, "engine", raw["engine"], _why_hf(raw["engine"], has_experts=has_experts, original=original))
-    if kernels is not None and raw["engine"].get("kernels") != kernels and "gate" in raw:
-        raw["gate"]["kernels"] = ["w4a4_emulation"]
+    if "gate" in raw and _computes(raw["engine"]) != computed:
+        raw["gate"]["kernels"] = ["w4a4_emulation", "w4a16"]
     if "judge" in raw:
         judges_with = original.judge is not None and original.judge.path in with_experts
         section = raw["judge"]["engine"]
@@ -312,6 +314,10 @@ def _engines(found: _Changes, original: Suite, with_experts: Collection[str]) ->
                 found.said.append(f'data.{name}.engine: "hf" in place of "vllm": {reason}')
         else:
             section["engine_args"] = _vllm_args(section.get("engine_args", {}))
+
+
+def _computes(section: dict[str, Any]) -> tuple[str, str | None]:
+    return section["kind"], section.get("kernels")
 
 
 def _engine(found: _Changes, where: str, section: dict[str, Any], reason: str | None) -> None:

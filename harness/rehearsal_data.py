@@ -67,16 +67,20 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Written:
-    """paths: that replace those of the sections, by name. said: a line each. problems: rows of the user's that cannot be had."""
+    """paths: that replace those of the sections, by name. said: a line each. problems: rows of the user's that cannot be had.
+
+    made: of sections whose rows are nowhere on this machine, where they would have to be.
+    """
 
     paths: dict[str, str]
     said: list[str]
     problems: list[str]
+    made: dict[str, str]
 
 
 def write_data(sections: dict[str, Hub | Jsonl], mirror: Path, store: Store, *, taken: set[str]) -> Written:
     """Write the rows of the sections below `mirror`. taken: sets that tasks read whole, beside which sections get one of another name."""
-    written = Written({}, [], [])
+    written = Written({}, [], [], {})
     files: dict[Path, list[Row]] = {}
     for name, section in sections.items():
         file = _place(name, section, mirror, written.paths, taken)
@@ -84,6 +88,11 @@ def write_data(sections: dict[str, Hub | Jsonl], mirror: Path, store: Store, *, 
         try:
             where, real = _real_rows(name, section, store)
             rows = None if real is None else list(_in_all_splits(section, real, file.parent))
+            if real is None:
+                hub = isinstance(section, Hub)
+                written.made[name] = (
+                    f"{section.path} into the mirror (HARNESS_MIRROR)" if hub else f"its rows at {section.path}"
+                )
         except DataError as error:
             written.problems.append(str(error))
             rows = None

@@ -95,14 +95,14 @@ def _or_own(twin: TwinOf, own: Configuration | None, said: list[str]) -> Configu
         return own
 
 
-def write_twins(found: list[Found], scaled: Scaled, say: Callable[[str], None]) -> int:
-    """Write them; returns how many are of a class that stands for another. ModelError: no class can be built from a configuration made small."""
+def write_twins(found: list[Found], scaled: Scaled, say: Callable[[str], None]) -> list[str]:
+    """Write them; returns the keys of those of a class that stands for another. ModelError: no class can be built from a configuration made small."""
     from harness.loading import quiet_libraries
     from harness.twins import write_few_words, write_twin
 
     quiet_libraries()
     model = scaled.original.model
-    n_standing = 0
+    standing = []
     words = write_few_words(found[0].twin.folder.parent / "words")
     say("  twins: a tokenizer of a few hundred tokens stands for theirs")
     for each in found:
@@ -117,8 +117,8 @@ def write_twins(found: list[Found], scaled: Scaled, say: Callable[[str], None]) 
             each.configuration.fields, twin.folder, seed=each.seed, kind=kind, tokenizer=words, trust_remote_code=trusts
         )
         say(f"  {twin.key}: a twin of {twin.path} ({made.model_class}): {'; '.join(made.notes)}")
-        n_standing += any("stands for" in note for note in made.notes)
-    return n_standing
+        standing += [twin.key] if any("stands for" in note for note in made.notes) else []
+    return standing
 
 
 def _write_quantized(twin: TwinOf, bf16: Path, scaled: Scaled) -> str:

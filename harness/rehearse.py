@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,10 +44,10 @@ _KEPT = "kept"
 
 @dataclass
 class Report:
-    """What a rehearsal found. run: its folder, None where there is none. less: what was checked less than it could be, and how often."""
+    """What a rehearsal found. run: its folder, None where there is none. less: what was checked less than it could be, with what would do it."""
 
     problems: list[str] = field(default_factory=list)
-    less: Counter[str] = field(default_factory=Counter)
+    less: list[str] = field(default_factory=list)
     left_out: tuple[str, ...] = ()
     has_gaps: bool = False
     run: Path | None = None
@@ -69,7 +68,6 @@ def rehearse(path: Path, results: Path, reporter: Reporter, *, config: Path | No
         SuiteError: the suite is wrong. ModelError: a model whose configuration is nowhere, or of which no twin can be made.
     """
     began = time.monotonic()
-    os.environ["TQDM_DISABLE"] = "1"  # before the libraries that read it are imported: the progress shown is ours
     home = cache_folder() / "rehearsals"
     home.mkdir(parents=True, exist_ok=True)
     _remove_kept(home, path)
@@ -80,10 +78,11 @@ def rehearse(path: Path, results: Path, reporter: Reporter, *, config: Path | No
         report.left_out = scaled.left_out
         report.add(_refused(scaled.original))
         _write_rows(scaled, work / "mirror", reporter, report)
-        report.less["stand-in classes"] = write_twins(found, scaled, reporter.say)
+        for key in write_twins(found, scaled, reporter.say):
+            report.less.append(f"{key}: rehearsed with another class; only the real run tries its own")
         lines, problems = check_statically(scaled.original, found[0].configuration.fields, found[0].twin.folder)
         report.add(problems)
-        report.less["prompts not counted"] = sum("; not counted: " in line for line in lines)
+        report.less += [line for line in lines if "; not counted: " in line]
         reporter.say("Checked by counting, on the real configuration:")
         for line in lines:
             reporter.say(f"  {line}")
@@ -152,7 +151,8 @@ def _write_rows(scaled: Scaled, mirror: Path, reporter: Reporter, report: Report
             reporter.say(f"  task {task}: the rows of the mirror's {dataset}")
         else:
             _make_set(task, mirror)
-            report.less["made rows"] += 1
+            if task not in _SHORT:
+                report.less.append(f"task {task}: made rows; put {dataset} into the mirror (HARNESS_MIRROR) to check its own")
             reporter.say(f"  task {task}: made rows of the schema of {dataset}")
     root = mirror_root()
     if root is not None and (root / "nltk").is_dir():
@@ -164,7 +164,9 @@ def _write_rows(scaled: Scaled, mirror: Path, reporter: Reporter, report: Report
         scaled.raw["data"][name]["path"] = where
     for line in written.said:
         reporter.say(f"  {line}")
-        report.less["made rows"] += "made rows" in line
+    report.less += [
+        f"data.{name}: made rows; put {where} to check its columns and values" for name, where in written.made.items()
+    ]
     report.add(written.problems)
 
 
@@ -214,20 +216,24 @@ def _run(scaled: Scaled, work: Path, results: Path, reporter: Reporter, report: 
 
     suite, runs = scaled.suite, results / scaled.original.name
     before = set(runs.glob("*/run.json"))
+    is_finished = True
     try:
         report.has_gaps = run_loaded(suite, results, (), reporter, journals=work / "journals")
     except Interrupted:
         raise
     except (HarnessError, QadError) as error:
+        is_finished = False
         report.add([str(error)])
     made = sorted(set(runs.glob("*/run.json")) - before)
     report.run = made[-1].parent if made else None
-    if report.run is None:
-        return
-    if report.problems:
+    if report.run is not None and not is_finished:
         print_grid(build_grid(build_table(report.run)), reporter.console)
-    elif suite.gate is not None:
+    if suite.gate is None:
+        return
+    if report.run is not None and is_finished:
         report.add(_judged(report.run, suite.gate, reporter))
+    else:
+        report.left_out += ("gate: the run did not finish, so there is nothing to judge",)
 
 
 def _judged(run: Path, policy: Gate, reporter: Reporter) -> list[str]:
@@ -249,11 +255,12 @@ def _tell(report: Report, reporter: Reporter, seconds: float) -> None:
         reporter.say(f"not rehearsed: {line}")
     for line in report.problems:
         reporter.say(f"problem: {line}")
-    if less := "; ".join(f"{what}: {n}" for what, n in report.less.items() if n):
-        reporter.say(f"checked less than it could be: {less}")
+    for line in report.less:
+        reporter.say(f"checked less than it could be: {line}")
     verdict = _number(len(report.problems), "problem") if report.problems else "no problem found"
     left_out = _number(len(report.left_out), "part")
-    reporter.say(f"{MARK}: {verdict}, {left_out} not rehearsed, {seconds:.0f} s; {report.run or 'no run'}")
+    less = f", {_number(len(report.less), 'check')} less than could be (above)" if report.less else ""
+    reporter.say(f"{MARK}: {verdict}, {left_out} not rehearsed{less}, {seconds:.0f} s; {report.run or 'no run'}")
 
 
 def _number(n: int, what: str) -> str:

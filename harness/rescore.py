@@ -16,6 +16,7 @@ from harness.records import (
     read_lines,
     read_run,
     read_samples,
+    rehearsal_mark,
     subtask_rows,
     task_rows,
     write_lines,
@@ -73,8 +74,8 @@ def rescore(run: Path) -> list[str]:
                 partial.replace(path)
             imported = [row for row in rows if row.get("imported")]
             write_scores(run, imported)
-            write_lines(run / "tasks.jsonl", [*found, *imported])
-            write_subtasks(run, parts)
+            write_lines(run / "tasks.jsonl", [row | rehearsal_mark(about.get("rehearsal")) for row in (*found, *imported)])
+            write_subtasks(run, [row | rehearsal_mark(about.get("rehearsal")) for row in parts])
             now = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "packages": package_versions(PACKAGES["score"])}
             write_json(run / "run.json", {**about, "schema": SCHEMA, "rescored": [*about.get("rescored", ()), now]})
             write_tables(run)

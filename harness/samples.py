@@ -113,7 +113,8 @@ def open_samples(folder: Path) -> RunSamples:
             f"{folder}: this run has no samples ({folder / 'samples'} is missing or empty), so there is nothing to look at; "
             "samples are written with the first scored task and are not copied with a table"
         )
-    return RunSamples(folder, f"{about['suite']} {about['run']}", variants, baseline, thinking, tasks)
+    mark = "REHEARSAL of " if about.get("rehearsal") else ""
+    return RunSamples(folder, f"{mark}{about['suite']} {about['run']}", variants, baseline, thinking, tasks)
 
 
 def samples_path(folder: Path, variant: str, task: str) -> Path:

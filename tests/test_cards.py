@@ -291,10 +291,6 @@ def test_the_verdict_beside_the_run_is_told_with_its_policy(tmp_path, source, na
         write_card(run, "qad", make_export(run, tmp_path / "fourth"))
 
 
-def test_a_rehearsal_says_that_it_is_one(tmp_path):
-    assert "**A rehearsal:" in card_of(tmp_path, about={"rehearsal": True})[0]
-
-
 def test_serving_asks_for_what_the_checkpoint_needs(tmp_path):
     fp8 = {"qad": QAD | {"quantization": QUANTIZATION | {"kv_cache": "fp8"}}}
     text, _, _ = card_of(tmp_path / "fp8", variant_changes=fp8)
@@ -376,6 +372,7 @@ def test_nothing_is_written_into_the_cache(tmp_path):
         ("bf16", {}, "--variant bf16: is the BF16 model itself, .*give a quantized variant: ptq, qad"),
         ("nobody", {}, "has no variant 'nobody'. Known: bf16, ptq, qad"),
         ("qad", {"about": {"status": "unfinished"}}, "this run is unfinished; a card is of a finished one"),
+        ("qad", {"about": {"rehearsal": True}}, "a rehearsal makes no card, .*; run the real suite"),
     ],
 )
 def test_a_card_that_makes_no_sense_is_refused_with_the_reason(tmp_path, monkeypatch, capsys, variant, changes, message):

@@ -437,3 +437,13 @@ def test_the_command_prints_an_overview_and_its_errors_without_a_traceback(run):
     assert result.exit_code == 0 and "compared with bf16" in result.output
     result = CliRunner().invoke(app, ["inspect", str(run), "--variant", "bf16, ptx"])
     assert result.exit_code == 2 and "no such variant" in result.output and "Traceback" not in result.output
+
+
+def test_a_rehearsal_says_so_in_the_terminal_and_on_its_page(run, tmp_path):
+    assert "REHEARSAL" not in shown(run)
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | {"rehearsal": True}))
+    assert "REHEARSAL of " in shown(run)
+    shown(run, page=tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "<title>REHEARSAL of " in page and "<h1>REHEARSAL of " in page

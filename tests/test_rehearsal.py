@@ -6,6 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import variants
+from test_rehearse import CONFIG as REAL
 
 from harness.data import split_of
 from harness.errors import SuiteError
@@ -108,7 +110,8 @@ def test_no_model_but_a_twin_is_named_in_a_scaled_suite(path, tmp_path):
     assert set(paths) == folders and not any(getattr(each, "revision", None) for each in named)
 
 
-ONE = """
+ONE = (
+    """
 schema = 1
 name = "one"
 
@@ -123,14 +126,9 @@ calibration = {{ data = "text" }}
 [data.text]
 source = "builtin"
 
-[[variant]]
-name = "bf16"
-method = "bf16"
-
-[[variant]]
-name = "ptq"
-method = "ptq"
-
+"""
+    + variants("bf16", "ptq")
+    + """
 [[task]]
 name = "{task}"
 
@@ -154,16 +152,9 @@ name = "livecodebench_v6"
 margin = 5.0
 tier = "critical"
 """
-CONFIG = {
-    "model_type": "qwen2",
-    "hidden_size": 896,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "intermediate_size": 4864,
-    "vocab_size": 512,
-    "max_position_embeddings": 32768,
-}
+)
+CONFIG = REAL | {"vocab_size": 512}
+"""With the vocabulary of the tiny model, whose tokenizer it is read beside."""
 
 
 def one(tmp_path, pattern="*.down_proj", task="gpqa_diamond"):
@@ -208,14 +199,15 @@ def test_native_kernels_are_emulated_on_a_cpu_alone_and_the_gate_follows(device,
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     suite = scale(one(tmp_path), tmp_path).suite
     wanted = "w4a4_emulation" if device.startswith("cpu") else "native"
-    assert (suite.engine.kind, suite.engine.kernels, suite.gate.kernels) == ("vllm", wanted, (wanted,))
+    admitted = ("w4a4_emulation", "w4a16") if device.startswith("cpu") else ("native",)
+    assert (suite.engine.kind, suite.engine.kernels, suite.gate.kernels) == ("vllm", wanted, admitted)
 
 
 def test_a_model_with_experts_is_answered_by_hf_on_a_cpu_and_that_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr("harness.rehearsal.vllm_device_kind", lambda: "cpu-x86_64")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     scaled = scale(one(tmp_path), tmp_path, with_experts=["someone/model"])
-    assert scaled.suite.engine.kind == "hf" and scaled.suite.gate.kernels == ("w4a4_emulation",)
+    assert scaled.suite.engine.kind == "hf" and scaled.suite.gate.kernels == ("w4a4_emulation", "w4a16")
     assert any(
         'engine: "hf" in place of "vllm": on a CPU vLLM has no NVFP4 kernel for experts' in line for line in scaled.changes
     )

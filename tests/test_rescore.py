@@ -92,6 +92,15 @@ def test_what_is_imported_stays_last_parts_have_a_file_and_the_packages_that_sco
     assert {row["scorer"] for row in read_samples(run / "samples" / "ptq.maths.jsonl.zst")} == {"maths@2:def"}
 
 
+def test_every_row_of_a_rehearsal_keeps_its_mark_and_a_run_gets_none(run, scorer):
+    rescore.rescore(run)
+    assert not any("rehearsal" in row for name in ("tasks", "subtasks") for row in read_lines(run / f"{name}.jsonl"))
+    change(run / "run.json", rehearsal=True)
+    rescore.rescore(run)
+    rows = [row for name in ("tasks", "subtasks") for row in read_lines(run / f"{name}.jsonl")]
+    assert len(rows) == 7 and all(row["rehearsal"] is True for row in rows)
+
+
 def test_the_scores_without_text_are_those_of_the_new_scoring_and_imported_ones_come_too(run, scorer):
     shutil.rmtree(run / "scores")
     rescore.rescore(run)

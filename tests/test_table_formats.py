@@ -296,6 +296,13 @@ OLD_COLUMNS = (
 )
 
 
+def test_every_line_of_the_csv_of_a_rehearsal_says_so_and_no_other_has_the_column(tmp_path):
+    table = published(tmp_path)
+    assert "rehearsal" not in render(table, "csv")
+    lines = list(csv.DictReader(io.StringIO(render(table | {"rehearsal": True}, "csv"))))
+    assert len(lines) > 2 and all(line["rehearsal"] == "true" for line in lines)
+
+
 def test_columns_of_the_csv_are_only_ever_added(tmp_path):
     header = render(published(tmp_path), "csv").splitlines()[0]
     assert header.startswith(OLD_COLUMNS + ",tokens_per_second,maths.delta,maths.delta_low,maths.delta_high,maths.recovery,")
