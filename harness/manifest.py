@@ -7,11 +7,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from harness.judge_prompt import prompt_hash
 from harness.models import folder_of
 from harness.plan import Plan, Stage
 from harness.provenance import provenance
 from harness.records import SCHEMA
+from harness.resolved import sections_of, settings_of
 from harness.store import StoredStage
 from harness.suite import Suite
 from qad.footprint import footprint
@@ -35,15 +35,7 @@ def manifest(
             "fingerprint": plan.source.fingerprint,
             "notes": list(plan.source.notes),
         },
-        "resolved": {
-            "model": suite.model.model_dump(),
-            "data": {name: section.model_dump() for name, section in suite.data.items()},
-            "tasks": [task.record for task in suite.tasks],
-            "engine": suite.engine.model_dump(),
-            "judge": suite.judge.model_dump() | {"prompt": prompt_hash()} if suite.judge else None,
-            "diagnostics": suite.diagnostics.model_dump() if suite.diagnostics else None,
-            **read_by(suite),
-        },
+        "resolved": {**sections_of(suite), **read_by(suite)},
         "imported": imported,
         "gaps": [
             {"variant": s.variant.name, "task": s.task.name, "n_missing": f.record["result"]["n_missing"]}
@@ -79,10 +71,7 @@ def read_by(suite: Suite) -> dict[str, Any]:
 
 def _variant_record(plan: Plan, variant: Any, done: list[tuple[Stage, StoredStage]]) -> dict[str, Any]:
     """A variant with its settings and what is known of its checkpoint."""
-    settings = dataclasses.asdict(variant)
-    for name in ("quantization", "training", "teacher", "endpoint"):
-        section = getattr(variant, name)
-        settings[name] = section.model_dump() if section else None
+    settings = settings_of(variant)
     checkpoint = plan.checkpoint_of[variant.name]
     found = next((stored for stage, stored in done if stage.key == checkpoint.key), None)
     folder = found.folder if found else folder_of(checkpoint.source) if checkpoint.source and done else None

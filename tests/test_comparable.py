@@ -31,6 +31,7 @@ def compared(tmp_path):
         min_coverage=1.0,
         baseline_run=None,
         about=None,
+        may_differ=(),
     ):
         usual = [sample(0), sample(1, 0.0), sample(2)]
         samples = {(names[0], "maths"): ours or usual, (names[1], "maths"): theirs or usual}
@@ -38,7 +39,7 @@ def compared(tmp_path):
         run = open_run_evidence(write_run(folder, samples, row_changes=rows, variant_changes=variants, about_changes=about))
         first = baseline_run or run
         sides = first.answers(names[0], "maths"), run.answers(names[1], "maths")
-        found = differences(run, *sides, baseline_run=baseline_run, min_coverage=min_coverage)
+        found = differences(run, *sides, baseline_run=baseline_run, min_coverage=min_coverage, may_differ=may_differ)
         assert all(each.endswith(".") and each[0].isupper() for each in found), "sentences"
         compare.run = run
         return found
@@ -278,6 +279,25 @@ def resolved(**changes):
 def test_of_another_run_model_engine_and_settings_of_the_task_are_compared(compared, changes, sentence):
     compared(about=resolved())
     assert compared(about=resolved(**changes), baseline_run=compared.run) == ([] if sentence is None else [sentence])
+
+
+def test_the_weights_may_be_what_two_runs_are_compared_about(compared):
+    compared(about=resolved())
+    assert compared(about=resolved(weights="hub:def"), baseline_run=compared.run, may_differ=("model",)) == []
+    other = resolved(weights="hub:def", args={"batch_size": 8})
+    (found,) = compared(about=other, baseline_run=compared.run, may_differ=("model",))
+    assert found.startswith("Settings of the engine")
+
+
+def test_the_kernel_may_differ_where_activations_are_what_is_compared_and_nowhere_else(compared):
+    rows = {"ptq": {"kernels": {"linear": "w4a4_emulation"}}, "w4a16": {"kernels": {"linear": "w4a16"}}}
+    asked = {"ptq": {"quantization": {"activations": True}}, "w4a16": {"quantization": {"activations": False}}}
+    names = ("ptq", "w4a16")
+    assert compared(names=names, rows=rows, variants=asked, may_differ=("activations",)) == []
+    (found,) = compared(names=names, rows=rows, variants=asked)
+    assert found.startswith("Kernels: the linear layers of ptq: w4a4_emulation; of w4a16: w4a16.")
+    same = {"ptq": asked["ptq"], "w4a16": asked["ptq"]}
+    assert compared(names=names, rows=rows, variants=same, may_differ=("activations",)) == [found]
 
 
 def test_long_values_that_begin_alike_are_told_apart(compared):

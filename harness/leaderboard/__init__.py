@@ -5,6 +5,7 @@ summary.py    what a run contributes to the tables: its scores, how they were as
 flips.py      questions that changed between BF16 and a variant: counts and digests
 details.py    what the page of a run shows beside its summary
 ranking.py    who may be ranked against whom, intervals, ranks
+findings.py   the page of findings
 reading.py    JSON lines, many at once
 index.py      what is remembered between two builds
 site.py       the files of the site

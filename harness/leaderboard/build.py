@@ -13,10 +13,11 @@ from typing import Any
 from harness.accepted import invalidated, last_accepted
 from harness.errors import StoreError
 from harness.leaderboard.collect import Found, duplicates, find_runs, read_run
+from harness.leaderboard.findings import RECORD, read_findings
 from harness.leaderboard.index import Index, read_index, write_index
 from harness.leaderboard.markdown import leaderboard_text
 from harness.leaderboard.ranking import RANKED, Board, make_boards
-from harness.leaderboard.site import open_site, pages_there, run_id, write_page, write_site
+from harness.leaderboard.site import open_site, pages_there, run_id, write_findings, write_page, write_site
 from harness.questions import visible
 from harness.store import disk_errors, write_text
 
@@ -53,12 +54,17 @@ def build_leaderboard(results: Path, site: Path) -> Built:
         n_read = sum(run.pop("is_new") for run in runs.values())
         summaries = sorted((run["summary"] for run in runs.values()), key=lambda summary: (summary["suite"], summary["run"]))
         boards = make_boards(summaries, withdrawn)
-        accepted = {suite: found["run"] for suite in _suites(summaries) if (found := last_accepted(results, suite)) is not None}
+        accepted = {
+            suite: release["run"] for suite in _suites(summaries) if (release := last_accepted(results, suite)) is not None
+        }
+        found = read_findings(results)
+        left_out += [(RECORD, found.problem)] if found.problem else []
         said = [(visible(place), visible(reason)) for place, reason in left_out]
         gone = [[suite, run, reason] for (suite, run), reason in sorted(withdrawn.items())]
-        more = {"left_out": said, "accepted": accepted, "invalidated": gone}
+        more = {"left_out": said, "accepted": accepted, "invalidated": gone, "findings": list(found.suites)}
         write_site(site, boards, summaries, index.protocols, more)
-        write_text(results / LEADERBOARD, leaderboard_text(boards, said, results, site))
+        write_findings(site, found.view)
+        write_text(results / LEADERBOARD, leaderboard_text(boards, said, results, site, found.view))
         if n_read or len(runs) != len(index.runs):
             write_index(site, runs, index.protocols)
     return Built(site / "index.html", len(runs), n_read, boards, said)

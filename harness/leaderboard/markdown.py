@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from harness.leaderboard.ranking import BASELINE, NOT_RANKED, NULL, OLDER, RANKED, RULE, Board, Row
@@ -16,10 +17,14 @@ MOST_NOT_RANKED = 20
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~&])")
 
 
-def leaderboard_text(boards: list[Board], left_out: list[tuple[str, str]], results: Path, site: Path) -> str:
-    """The file as text; links are relative to the results folder."""
+def leaderboard_text(
+    boards: list[Board], left_out: list[tuple[str, str]], results: Path, site: Path, findings: dict[str, Any] | None = None
+) -> str:
+    """The file as text; links are relative to the results folder. findings: what their page shows."""
     page = quote(os.path.relpath(site / "index.html", results).replace(os.sep, "/"))
     lines = ["# Leaderboard", "", f"[Tables, history, curves and runs]({page})", ""]
+    if findings is not None:
+        lines += [f"[Findings]({page}#/findings): {_text(findings['counted'])}", ""]
     lines += [f"- {rule}" for rule in RULE]
     for board in boards:
         if board.has_ranks:

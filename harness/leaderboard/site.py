@@ -2,6 +2,7 @@
 
 <site>/index.html, *.js, style.css, vendor/    copied from this package
 <site>/data/leaderboard.js                     boards, rows, the rule, what was left out
+<site>/data/findings.js                        the page of findings; null without
 <site>/data/runs/<id>.js                       the page of a run, loaded when it is opened
 <site>/.index.json                             what the next build need not read again; no part of the site
 
@@ -75,7 +76,7 @@ def write_site(
 ) -> None:
     """Write page, assets and the tables; take away pages of runs that are gone.
 
-    more: {"left_out": [[place, reason]], "accepted": {suite: run}, "invalidated": [[suite, run, reason]]}.
+    more: {"left_out": [[place, reason]], "accepted": {suite: run}, "invalidated": [[suite, run, reason]], "findings": [suite]}.
     """
     for path in sorted(path for path in ASSETS.rglob("*") if path.is_file()):
         target = site / path.relative_to(ASSETS)
@@ -90,6 +91,11 @@ def write_site(
     runs = [[name, each["suite"], each["run"], _time(each["run"])] for name, each in names.items()]
     tables = {"rule": RULE, "runs": runs, "boards": [_board(board, numbers, protocols) for board in boards], **more}
     write_text(site / "data" / "leaderboard.js", _script("leaderboard", tables))
+
+
+def write_findings(site: Path, view: dict[str, Any] | None) -> None:
+    """Write what the page of findings shows."""
+    write_text(site / "data" / "findings.js", _script("findings", view))
 
 
 def _board(board: Board, numbers: dict[str, int], protocols: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 "use strict";
-/* Addresses to views: #/ and #/board/<key>, #/run/<id>, #/rule, #/left-out. */
+/* Addresses to views: #/ and #/board/<key>, #/run/<id>, #/findings, #/rule, #/left-out. */
 (() => {
   const { el } = Site;
   const all = Site.get("leaderboard");
@@ -13,6 +13,8 @@
   const runs = all.runs.map(([id, suite, name, time]) => ({ id, suite, name, time }));
   const left = document.getElementById("left-out-link");
   const nOut = all.left_out.length + all.invalidated.length;
+  const findings = Site.get("findings");
+  document.getElementById("findings-link").hidden = !findings;
   left.textContent = `Left out (${nOut})`;
 
   function home() {
@@ -20,8 +22,10 @@
     return board(all.boards.reduce((a, b) => (isBetter(b, a) ? b : a)).key);
   }
 
-  /* Boards with ranks first, then the newest run. */
+  /* Boards with ranks first, those that findings are made of last, then the newest run. */
   function isBetter(a, b) {
+    const isOfFindings = (each) => all.findings.includes(each.suite);
+    if (isOfFindings(a) !== isOfFindings(b)) return isOfFindings(b);
     const isRanked = (each) => each.rows.some((row) => row[3] === "ranked");
     if (isRanked(a) !== isRanked(b)) return isRanked(a);
     const newest = (each) => each.rows.map((row) => runs[row[0]].name).reduce((x, y) => (x > y ? x : y));
@@ -42,6 +46,10 @@
     Site.load(id, (data) => { if (location.hash === `#/run/${id}`) show(Run.view(data, context), data.run); },
       () => show(missing("The data of this run are not beside the page. Build the site again: harness leaderboard results/"), "Run"));
     return null;
+  }
+
+  function found() {
+    return findings ? Findings.view(findings, runs) : missing("There are no findings in these results. Make them: harness findings suites/windtunnel/claims.toml");
   }
 
   const missing = (text) => [el("h1", {}, "Not found"), el("p", {}, text), el("p", {}, el("a", { href: "#/" }, "To the leaderboard"))];
@@ -73,8 +81,8 @@
       target.focus();
       return target.scrollIntoView();
     }
-    const nodes = kind === "run" ? run(name) : kind === "board" ? board(name) : home();
-    if (nodes) show(nodes, kind === "board" ? nodes[0].querySelector?.("h1")?.textContent : "");
+    const nodes = kind === "run" ? run(name) : kind === "board" ? board(name) : kind === "findings" ? found() : home();
+    if (nodes) show(nodes, kind === "board" ? nodes[0].querySelector?.("h1")?.textContent : kind === "findings" ? "Findings" : "");
     scrollTo(0, 0);
     if (!isFirst) main.focus({ preventScroll: true });
     return undefined;

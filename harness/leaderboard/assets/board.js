@@ -182,13 +182,13 @@ const Board = (() => {
 
   const fact = (name, value) => [el("dt", {}, name), el("dd", {}, value)];
 
-  function choice(boards, current, runs) {
+  function choice(boards, current, runs, ofFindings) {
     const bySuite = new Map();
     for (const board of boards) bySuite.set(board.suite, [...(bySuite.get(board.suite) || []), board]);
     const groups = [...bySuite].map(([suite, all]) => el("optgroup", { label: suite }, all.map((board) => {
       const isRanked = board.rows.some((row) => row[3] === "ranked");
       const newest = board.rows.map((row) => runs[row[0]].name).reduce((a, b) => (a > b ? a : b));
-      const option = el("option", { value: board.key }, `${suite} · ${board.kernels} · ${board.tasks.length} tasks · to ${newest}${isRanked ? "" : " · nothing ranked"}`);
+      const option = el("option", { value: board.key }, `${suite} · ${board.kernels} · ${board.tasks.length} tasks · to ${newest}${isRanked ? "" : " · nothing ranked"}${ofFindings.includes(suite) ? " · findings" : ""}`);
       option.selected = board === current;
       return option;
     })));
@@ -203,8 +203,9 @@ const Board = (() => {
     const n = new Set(rows.map((row) => row.run)).size;
     const head = el("div", { class: "hero" },
       el("div", {}, el("h1", {}, board.suite), el("p", { class: "lead" }, `${board.model.path || "no model"} · ${board.kernels} · ${board.tasks.length} tasks · ${Site.count(n)} ${n === 1 ? "run" : "runs"}, the newest `, runLink(last))),
-      choice(all.boards, board, runs));
-    return [head, protocol(board), standing(board, rows), history(board, rows), scatter(board, rows)].filter(Boolean);
+      choice(all.boards, board, runs, all.findings));
+    const note = all.findings.includes(board.suite) ? el("div", { class: "notice" }, el("p", {}, "An experiment about methods, on a small model and made-up tasks. Its scores say nothing beside another board's; what it shows is on the page ", el("a", { href: "#/findings" }, "Findings"), ".")) : null;
+    return [head, note, protocol(board), standing(board, rows), history(board, rows), scatter(board, rows)].filter(Boolean);
   }
 
   return { view, rowsOf };

@@ -64,7 +64,7 @@ const Site = (() => {
     return el("span", { class: `badge ${kind}` }, text);
   }
 
-  const KINDS = { GO: "good", PASS: "good", "NO-GO": "bad", FAIL: "bad", INCONCLUSIVE: "open", ranked: "good", accepted: "good" };
+  const KINDS = { GO: "good", PASS: "good", "NO-GO": "bad", FAIL: "bad", INCONCLUSIVE: "open", ranked: "good", accepted: "good", agrees: "good", disagrees: "bad", "cannot tell": "open" };
   const verdict = (text) => badge(text, KINDS[text] || "plain");
 
   /* Nested records as definition lists; long lists are folded. */
