@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.data import SPLITS, Sequence, split_of
-from harness.dialogues import Turn, cut_text, render_dialogue
+from harness.dialogues import RowError, Turn, cut_text, render_dialogue
 from harness.errors import DataError
 from harness.schema_data import SHORTEST_TEXT
 from harness.tasks.world import facts
@@ -44,7 +44,11 @@ def builtin_sequences(
     for split, turns in _turns_by_split(seed).items():
         by_split[split] += _dialogues(tokenizer, turns, seq_len, eos_ids, processor)
     for text in natural_texts():
-        for piece in cut_text(tokenizer, text, seq_len=seq_len, shortest=SHORTEST_TEXT):
+        try:
+            pieces = cut_text(tokenizer, text, seq_len=seq_len, shortest=SHORTEST_TEXT)
+        except RowError as error:
+            raise DataError(f"the manual of Python: {error}; take another source") from None
+        for piece in pieces:
             by_split[split_of(repr(piece.token_ids))].append(piece)
     for sequences in by_split.values():
         sequences.sort(key=lambda s: hashlib.sha256(repr(s.token_ids).encode()).digest())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from harness.schema_data import SOURCES, Bos, Builtin, Data, Drawings, Generated, Hub, Jsonl, Mix, Rows, Teacher
+from harness.schema_data import SOURCES, Bos, Builtin, Data, Drawings, Generated, Hub, Jsonl, Mix, Rows, Teacher, Tunnel
 from harness.task_files import gives_answers
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ def data_mistakes(data: Mapping[str, Data], uses: list[tuple[str, str]]) -> Iter
             yield from _mix_mistakes(name, section, data)
         elif isinstance(section, Generated):
             yield from _generation_mistakes(f"data.{name}", section, data)
+        elif isinstance(section, Tunnel):
+            for domain, times in Counter(section.domains).items():
+                if times > 1:
+                    yield f"data.{name}.domains", f'"{domain}" is repeated; name it once', None
 
 
 def source_mistake(problem: Any) -> Mistake | None:
@@ -173,15 +178,15 @@ def _generation_mistakes(where: str, section: Generated, data: Mapping[str, Data
     if not isinstance(section, Teacher):
         return
     if section.keep != "all" and section.scorer is None:
-        yield f"{where}.scorer", f'missing; keep = "{section.keep}" needs it. Allowed: gsm8k, mini_math', None
+        yield f"{where}.scorer", f'missing; keep = "{section.keep}" needs it. Allowed: gsm8k, mini_math, boxed', None
     if section.keep == "all" and section.scorer is not None:
         yield f"{where}.scorer", 'has no effect with keep = "all"; remove it', None
     prompts = data.get(section.prompts)
     if prompts is not None and not (
-        isinstance(prompts, Builtin | Drawings) or (isinstance(prompts, Hub | Jsonl) and prompts.text is None)
+        isinstance(prompts, Builtin | Drawings | Tunnel) or (isinstance(prompts, Hub | Jsonl) and prompts.text is None)
     ):
         yield (
             f"{where}.prompts",
-            f'"{section.prompts}" has no prompts; allowed: a section with source = "builtin" or "drawings", or rows with messages or prompt',
+            f'"{section.prompts}" has no prompts; allowed: a section with source = "builtin", "drawings" or "tunnel", or rows with messages or prompt',
             None,
         )

@@ -11,7 +11,6 @@ image before a response is the same when images are expanded, and is held agains
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -144,6 +143,18 @@ def _expanded(
     return Sequence(token_ids, mask, images[: responses[-1].n_images])
 
 
+def tokenized(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """Token ids; RowError where a tokenizer of a closed vocabulary, without an unknown token, cannot write the text."""
+    try:
+        return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+    except Exception as error:
+        if type(error) is not Exception:  # what the library of tokenizers raises has no class of its own
+            raise
+        raise RowError(
+            f"the tokenizer cannot write the text ({error}): its vocabulary is closed, and lacks some of it"
+        ) from None
+
+
 def n_places(messages: list[dict[str, Any]]) -> int:
     """How many images the messages have places for."""
     contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
@@ -167,7 +178,7 @@ def require_no_image_token(token_ids: tuple[int, ...], processor: Processor | No
 def render_prompt(tokenizer: Any, messages: list[dict[str, Any]], *, processor: Processor | None = None) -> tuple[int, ...]:
     """Token ids that ask for the next assistant turn, of a chat without images; without a chat template, the contents as plain text."""
     if not has_template(tokenizer, processor):
-        return tuple(tokenizer("".join(message["content"] for message in messages))["input_ids"])
+        return tuple(tokenized(tokenizer, "".join(message["content"] for message in messages)))
     token_ids = tuple(_apply(tokenizer, messages, processor, add_generation_prompt=True))
     require_no_image_token(token_ids, processor)
     return token_ids
@@ -180,8 +191,8 @@ def encode_prompt(processor: Processor, messages: list[dict[str, Any]], images: 
 
 def render_plain(tokenizer: Any, prompt: str, response: str) -> Sequence:
     """A prompt and its response without a template, each tokenized alone as in serving, ended by the end-of-text token."""
-    asked = tokenizer(prompt)["input_ids"]
-    answered = tokenizer(response, add_special_tokens=False)["input_ids"]
+    asked = tokenized(tokenizer, prompt)
+    answered = tokenized(tokenizer, response, add_special_tokens=False)
     if not answered:
         raise RowError("the response is empty: an empty response mask")
     if tokenizer.eos_token_id is not None:
@@ -189,13 +200,11 @@ def render_plain(tokenizer: Any, prompt: str, response: str) -> Sequence:
     return Sequence((*asked, *answered), (False,) * len(asked) + (True,) * len(answered))
 
 
-def cut_text(tokenizer: Any, text: str, *, seq_len: int, shortest: int) -> Iterator[Sequence]:
+def cut_text(tokenizer: Any, text: str, *, seq_len: int, shortest: int) -> list[Sequence]:
     """Plain text in pieces of `seq_len` tokens, all of them responses; a piece of fewer than `shortest` is left out."""
-    token_ids = tokenizer(text)["input_ids"]
-    for start in range(0, len(token_ids), seq_len):
-        piece = tuple(token_ids[start : start + seq_len])
-        if len(piece) >= shortest:
-            yield Sequence(piece, (True,) * len(piece))
+    token_ids = tokenized(tokenizer, text)
+    pieces = [tuple(token_ids[start : start + seq_len]) for start in range(0, len(token_ids), seq_len)]
+    return [Sequence(piece, (True,) * len(piece)) for piece in pieces if len(piece) >= shortest]
 
 
 def end_of_turn(tokenizer: Any, eos_ids: set[int], *, processor: Processor | None = None) -> int | None:
@@ -237,7 +246,7 @@ def _apply(
     tokenizer: Any, messages: list[dict[str, Any]], processor: Processor | None, *, add_generation_prompt: bool
 ) -> list[int]:
     text = _text(tokenizer, messages, processor, add_generation_prompt=add_generation_prompt)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return tokenized(tokenizer, text, add_special_tokens=False)
 
 
 def _text(tokenizer: Any, messages: list[dict[str, Any]], processor: Processor | None, *, add_generation_prompt: bool) -> str:

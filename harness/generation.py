@@ -54,8 +54,11 @@ class Ask:
 
 
 def turn_ask(number: int, turn: Turn, tokenizer: Any, *, processor: Processor | None = None) -> Ask:
-    """A labelled question as a prompt."""
-    token_ids = render_prompt(tokenizer, [{"role": "user", "content": turn.question}], processor=processor)
+    """A labelled question as a prompt. DataError if it cannot be written."""
+    try:
+        token_ids = render_prompt(tokenizer, [{"role": "user", "content": turn.question}], processor=processor)
+    except RowError as error:
+        raise DataError(f"question {number}: {error}; take another source") from None
     return Ask(number, token_ids, turn.question, turn.answer)
 
 

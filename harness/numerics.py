@@ -31,7 +31,9 @@ _FORMAT = (
 )
 _LOADING = (
     "qad/backbone.py",
+    "qad/batch.py",
     "qad/building.py",
+    "qad/remote_code.py",
     "qad/checkpoint.py",
     "qad/decilm.py",
     "qad/experts.py",
@@ -51,7 +53,6 @@ _LOADING = (
     "harness/token_store.py",
 )
 _TRAINING = (
-    "qad/batch.py",
     "qad/candidates.py",
     "qad/cells.py",
     "qad/distill.py",
@@ -105,6 +106,7 @@ _SCORING = (
     "harness/stats.py",
     "harness/judge.py",
     "harness/judging.py",
+    "qad/clustered.py",
 )
 SOURCES = {
     "model": _LOADING,
@@ -130,6 +132,9 @@ SOURCES = {
         "harness/tasks/pictures.py",
         "harness/tasks/world.py",
         "harness/tasks/mini.py",
+        "harness/tasks/tunnel.py",
+        "harness/tasks/tunnel_words.py",
+        "harness/tunnel_source.py",
         "qad/image_processors.py",
     ),
     "generate": (
@@ -138,6 +143,14 @@ SOURCES = {
         "harness/scorers.py",
         "harness/engines/__init__.py",
         "harness/engines/hf.py",
+        "qad/backbone.py",
+        "qad/building.py",
+        "qad/remote_code.py",
+        "qad/checkpoint.py",
+        "qad/decilm.py",
+        "qad/experts.py",
+        "qad/stored_names.py",
+        "qad/tensor_files.py",
     ),
     "calibrate": ("qad/calibrate.py", "qad/exceptions.py", "qad/observe.py", "qad/recipe.py", "qad/kv_cache.py", *_LOADING),
     "quantize": (*_FORMAT, *_CHOICE, *_LOADING),
@@ -159,7 +172,6 @@ SOURCES = {
     "diagnostics": (
         *_FORMAT,
         *_LOADING,
-        "qad/batch.py",
         "qad/divergence.py",
         "qad/losses.py",
         "qad/clustered.py",

@@ -272,7 +272,7 @@ class _Renderer(TemplateLM):
         """Tokenize the prompts of `instances`, which `asks` is given next; together, so that a fast tokenizer uses all cores."""
         self._special = not chat  # the chat template brings its own special tokens
         prompts = [instance.args[0] for instance in instances if instance.request_type == "generate_until"]
-        encoded = self.tokenizer(prompts, add_special_tokens=self._special)["input_ids"] if prompts else []
+        encoded = self._tokens(prompts, self._special) if prompts else []
         self._encoded = dict(zip(prompts, encoded, strict=True))
 
     def asks(self, doc: int, instance: Instance) -> list[Ask]:
@@ -312,7 +312,19 @@ class _Renderer(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         special = self._special if add_special_tokens is None else add_special_tokens
-        return list(self.tokenizer(string, add_special_tokens=special)["input_ids"])
+        return list(self._tokens(string, special))
+
+    def _tokens(self, text: str | list[str], add_special_tokens: bool) -> Any:
+        """TaskError where a tokenizer of a closed vocabulary, without an unknown token, cannot write a prompt."""
+        try:
+            return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        except Exception as error:
+            if type(error) is not Exception:  # what the library of tokenizers raises has no class of its own
+                raise
+            raise TaskError(
+                f"task {self.asking.name}: the tokenizer cannot write a prompt ({error}): its vocabulary is closed, and lacks some of it; "
+                "ask tasks in the words of the model"
+            ) from None
 
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         self._pairs += [(context, rest) for _, context, rest in requests]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -10,6 +10,7 @@ from harness.section import Positive, PositiveFloat, Section, Seed
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
+Domain = Literal["arithmetic", "algebra", "word", "knowledge", "context"]
 SHORTEST_TEXT = 32
 """Rests of plain text shorter than this many tokens are dropped, unless `min_tokens` says otherwise."""
 
@@ -112,7 +113,7 @@ class Teacher(Generated):
     n_prompts: Positive | None = None
     tokens: Positive | None = None
     keep: Literal["all", "correct", "incorrect"] = "all"
-    scorer: Literal["gsm8k", "mini_math"] | None = None
+    scorer: Literal["gsm8k", "mini_math", "boxed"] | None = None
 
 
 class Bos(Generated):
@@ -129,6 +130,14 @@ class Drawings(Cut):
     pictures: Positive
 
 
+class Tunnel(Cut):
+    """The wind tunnel's corpus: `problems` different questions of `domains`, each with the solution that supervised training saw."""
+
+    source: Literal["tunnel"]
+    problems: Positive
+    domains: Annotated[tuple[Domain, ...], Field(min_length=1)] = get_args(Domain)
+
+
 class RandomTokens(Cut):
     """`tokens` tokens drawn uniformly from the vocabulary without its special ones."""
 
@@ -137,7 +146,7 @@ class RandomTokens(Cut):
 
 
 Data = Annotated[
-    Builtin | Drawings | Hub | Jsonl | Mix | Teacher | Bos | RandomTokens,
+    Builtin | Drawings | Hub | Jsonl | Mix | Teacher | Bos | RandomTokens | Tunnel,
     Field(discriminator="source"),
 ]
 SOURCES: dict[str, type[Section]] = {
@@ -149,5 +158,6 @@ SOURCES: dict[str, type[Section]] = {
     "teacher": Teacher,
     "bos": Bos,
     "random_tokens": RandomTokens,
+    "tunnel": Tunnel,
 }
 """The class of each source."""

@@ -31,7 +31,17 @@ def score_mini_math(reference: str, response: str) -> bool | None:
     return score_boxed({"answer": wanted}, [response])["exact_match"] == 1.0
 
 
-SCORERS: dict[str, Callable[[str, str], bool | None]] = {"gsm8k": score_gsm8k, "mini_math": score_mini_math}
+def score_boxed(reference: str, response: str) -> bool | None:
+    """The last \\boxed{} of the response against the reference's, character by character but for spaces around."""
+    wanted, found = _BOX.findall(reference), _BOX.findall(response)
+    return None if not wanted else bool(found) and found[-1].strip() == wanted[-1].strip()
+
+
+SCORERS: dict[str, Callable[[str, str], bool | None]] = {
+    "gsm8k": score_gsm8k,
+    "mini_math": score_mini_math,
+    "boxed": score_boxed,
+}
 
 
 def _last_number(text: str) -> Decimal | None:

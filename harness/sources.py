@@ -18,8 +18,9 @@ from harness.numerics import versions
 from harness.provenance import package_versions
 from harness.row_files import RowFiles, find_rows, read_rows
 from harness.rows import FilteredRows, write_rows
-from harness.schema_data import Bos, Builtin, Data, Drawings, Generated, Hub, Jsonl, Mix, RandomTokens, Rows, Teacher
+from harness.schema_data import Bos, Builtin, Data, Drawings, Generated, Hub, Jsonl, Mix, RandomTokens, Rows, Teacher, Tunnel
 from harness.store import Store
+from harness.tunnel_source import tunnel_asks, write_tunnel
 
 if TYPE_CHECKING:
     from harness.processor import Processor
@@ -95,6 +96,8 @@ def _identity_of_prompts(source: TextSource) -> dict[str, Any]:
         return {"source": "builtin", "seed": source.section.seed}
     if isinstance(source.section, Drawings):
         return {"source": "drawings", "seed": source.section.seed, "pictures": source.section.pictures}
+    if isinstance(source.section, Tunnel):
+        return source.section.model_dump(mode="json", exclude={"seq_len"})
     assert source.files is not None
     keys = (_ABOUT_PROMPTS | {"images"}) - _unset(source.section)
     return {**source.section.model_dump(mode="json", include=keys), "rows": source.files.fingerprint}
@@ -141,6 +144,8 @@ def write_source(source: TextSource, writer: TokenWriter, given: Surroundings) -
 
         processor = _processor_of(source.name, given)
         return {"drawings": write_drawings(source.name, section, writer, processor=processor, eos_ids=given.eos_ids)}
+    if isinstance(section, Tunnel):
+        return {"tunnel": write_tunnel(source.name, section, writer, tokenizer=given.tokenizer, eos_ids=given.eos_ids)}
     if isinstance(section, Mix):
         return _write_mix(source.name, section, writer, given.parts)
     if isinstance(section, RandomTokens):
@@ -176,6 +181,8 @@ def _write_teacher(
         turns = enumerate(builtin.generated_turns(prompts.section.seed), start=1)
         questions = (turn_ask(number, turn, given.tokenizer, processor=given.processor) for number, turn in turns)
         return given.generate(section, questions, writer)
+    if isinstance(prompts.section, Tunnel):
+        return given.generate(section, tunnel_asks(prompts.name, prompts.section, given.tokenizer), writer)
     if isinstance(prompts.section, Drawings):
         from harness.drawn import drawing_asks
 
