@@ -48,7 +48,7 @@ def responses(tiny_model, tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert not ended.value.code
-        newest = sorted((tmp_path / results / "apart").glob("*/run.json"))[-1].parent
+        newest = max((tmp_path / results / "apart").glob("*/run.json"), key=lambda path: path.stat().st_mtime_ns).parent
         rows = {name: read_samples(newest / "samples" / f"{name}.mini_math.jsonl.zst") for name in ("bf16", "other")}
         journals = [path.read_text().splitlines() for path in sorted((tmp_path / results / "journals").rglob("*.jsonl"))]
         return {name: [row["response"] for row in found] for name, found in rows.items()}, journals
