@@ -238,7 +238,8 @@ def test_the_models_that_are_kept_are_those_of_the_settings_and_of_their_logs(st
     parents = {"sft": "base", "rl": "sft", "lookup": "sft"}
     if stage in parents:
         assert recipe["begins_from_sha256"] == digest(KEPT / parents[stage] / "model.safetensors")
-    assert AutoTokenizer.from_pretrained(folder).get_vocab() == build_tokenizer().get_vocab()
+    kept, made = AutoTokenizer.from_pretrained(folder), build_tokenizer()
+    assert kept.get_vocab() == made.get_vocab() and kept.chat_template == made.chat_template
 
 
 def test_advantages_are_worths_less_their_mean_in_units_of_their_spread():
