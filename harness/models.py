@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from harness.store import Store
 
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 """What models of several parts call that of their language model."""
+_TUNNEL_STAGES = ("base", "sft", "rl", "lookup", "merged")
 _WEIGHT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".gguf", ".py")
 
 
@@ -60,7 +62,7 @@ def resolve_model(model: Model, store: Store) -> Source:
     if not is_hub_id(model.path):
         raise ModelError(
             f"model.path: {model.path}: no such folder (looked for {folder.absolute()}); give a folder, a hub id (org/name) or "
-            "package:<package>/<file>"
+            f"package:<package>/<file>{_beside(folder)}{_how_to_make(folder)}"
         )
     if model.trust_remote_code and model.revision is None:
         raise ModelError(
@@ -187,9 +189,44 @@ def folder_fingerprint(folder: Path, store: Store) -> str:
     """sha256 over the names and digests of a model folder's files: weights, configuration, tokenizer."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(_WEIGHT_SUFFIXES))
     if not any(p.suffix == ".safetensors" for p in files):
-        raise ModelError(f"{folder}: holds no *.safetensors file; pickled weights are never read")
+        raise ModelError(f"{folder}: holds no *.safetensors file; pickled weights are never read{_how_to_make(folder)}")
     listing = [[p.name, store.file_digest(p)] for p in files]
+    _hold_to_sums(folder, dict(listing))
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def _hold_to_sums(folder: Path, found: dict[str, str]) -> None:
+    """ModelError where a file is not what SHA256SUMS in the folder says, if it has one: a tokenizer that was changed since, say."""
+    sums = folder / "SHA256SUMS"
+    if not sums.is_file():
+        return
+    for number, line in enumerate(sums.read_text(encoding="utf-8").splitlines(), start=1):
+        written, _, name = line.partition("  ")
+        if not re.fullmatch("[0-9a-f]{64}", written) or not name:
+            raise ModelError(
+                f"{sums}: line {number}: found {line!r}; allowed is what sha256sum writes: 64 hex digits, two spaces, a name"
+            )
+        if found.get(name) != written and (name in found or not (folder / name).exists()):
+            what = f"has the digest {found[name][:12]}" if name in found else "is missing"
+            raise ModelError(
+                f"{folder / name}: {what}, {sums.name} beside it says {written[:12]}: it was changed since the model was made; restore it, or "
+                f"write {sums.name} again if the change is meant"
+            )
+
+
+def _beside(folder: Path) -> str:
+    """The models in the folder where one was looked for, for the end of an error."""
+    names = sorted(config.parent.name for config in folder.parent.glob("*/config.json"))
+    return f"; in {folder.parent} there are {', '.join(names)}" if 0 < len(names) <= 20 else ""
+
+
+def _how_to_make(folder: Path) -> str:
+    """The command that makes a model of the wind tunnel, for the end of an error; empty for others."""
+    out = folder.parent
+    if folder.name not in _TUNNEL_STAGES or "windtunnel" not in (out.name.removesuffix("-large"), out.parent.name):
+        return ""
+    size = " --size large" if out.name.endswith("-large") else ""
+    return f"; the stages of the wind tunnel are made by python -m recipes.windtunnel.make{size} --out {out}"
 
 
 def _from_package(path: str, store: Store) -> Source:

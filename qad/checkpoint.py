@@ -45,7 +45,19 @@ _KEYS = ".k_proj"
 """The layer of an attention module by which it is found under its other name."""
 RECORD = "quantization_record.json"
 """How a checkpoint was made: recipe, scale rule, calibration, seed, versions."""
-_NOT_COPIED = (".safetensors", INDEX, ".bin", ".gguf", ".pt", ".pth", ".pkl", ".jsonl", "hf_quant_config.json", RECORD)
+_NOT_COPIED = (
+    "SHA256SUMS",
+    ".safetensors",
+    INDEX,
+    ".bin",
+    ".gguf",
+    ".pt",
+    ".pth",
+    ".pkl",
+    ".jsonl",
+    "hf_quant_config.json",
+    RECORD,
+)
 
 
 @dataclass(frozen=True)

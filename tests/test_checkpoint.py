@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qad import nvfp4
-from qad.checkpoint import load_checkpoint, write_checkpoint
+from qad.checkpoint import copy_companions, load_checkpoint, write_checkpoint
 from qad.errors import CheckpointError, NonFiniteError
 from qad.footprint import footprint
 from qad.packed import read_encodings
@@ -32,6 +32,15 @@ def edited(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
+
+
+def test_checksums_of_the_model_it_was_made_of_do_not_go_along(tmp_path, tiny_model):
+    source = tmp_path / "source"
+    shutil.copytree(tiny_model, source)
+    (source / "SHA256SUMS").write_text("of other files")
+    (tmp_path / "to").mkdir()
+    copy_companions(source, tmp_path / "to")
+    assert (tmp_path / "to" / "tokenizer.json").exists() and not (tmp_path / "to" / "SHA256SUMS").exists()
 
 
 def test_a_checkpoint_loads_back_to_identical_logits(packed):

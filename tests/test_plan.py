@@ -1,6 +1,7 @@
 """Keys change with everything that can change a result, and with nothing else."""
 
 import re
+from hashlib import sha256
 
 import pytest
 from typer.testing import CliRunner
@@ -250,6 +251,12 @@ def test_an_unregistered_source_is_noticed(monkeypatch):
     ("path", "revision", "message"),
     [
         ("no/such/folder/anywhere", None, "no such folder"),
+        (
+            "nowhere/windtunnel-large/rl",
+            None,
+            r"; the stages .* recipes\.windtunnel\.make --size large --out nowhere/windtunnel-large$",
+        ),
+        ("suites/windtunnel/models/rll", None, r"; in suites/windtunnel/models there are base, lookup, merged, rl, sft$"),
         ("package:no_such_package/x.gguf", None, "'no_such_package' is not installed; 'make quickstart'"),
         ("package:json/x.gguf", None, "has no such GGUF file; it has: none"),
         ("org/name", None, "needs the revision"),
@@ -258,6 +265,39 @@ def test_an_unregistered_source_is_noticed(monkeypatch):
 def test_a_model_that_is_nowhere_is_named(tmp_path, path, revision, message):
     with pytest.raises(ModelError, match=message):
         resolve_model(Model(path=path, revision=revision), Store(tmp_path))
+
+
+def test_a_file_that_is_not_what_its_checksum_says_is_refused(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "tokenizer.json").write_text("{}")
+    written = "".join(f"{sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(folder.iterdir()))
+    sums = folder / "SHA256SUMS"
+
+    def resolved():
+        return resolve_model(Model(path=str(folder)), Store(tmp_path / "store")).fingerprint
+
+    as_it_was = resolved()
+    sums.write_text(written)
+    assert resolved() == as_it_was
+    (folder / "tokenizer.json").write_text('{"changed": 1}')
+    with pytest.raises(
+        ModelError, match=r"tokenizer\.json: has the digest .*, SHA256SUMS beside it says 44136fa355b3: it was changed"
+    ):
+        resolved()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"tokenizer\.json: is missing, SHA256SUMS beside it says .* restore it"):
+        resolved()
+    (folder / "README.md").write_text("of no model")
+    (folder / "tokenizer.json").write_text("{}")
+    sums.write_text(f"{written}{'0' * 64}  README.md\n")
+    assert resolved() == as_it_was
+    sums.write_text("0123  model.safetensors\n")
+    with pytest.raises(
+        ModelError, match=r"SHA256SUMS: line 1: found '0123  model\.safetensors'; allowed is what sha256sum writes"
+    ):
+        resolved()
 
 
 @pytest.mark.parametrize(
