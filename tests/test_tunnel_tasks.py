@@ -10,7 +10,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from harness.tasks import tunnel, tunnel_tasks, tunnel_words
-from harness.tasks.tunnel import DOMAINS, MATHS, Style, corpus, held_out, lesson, training_problem
+from harness.tasks.tunnel import DOMAINS, DRILLS, MATHS, RECITALS, Style, corpus, held_out, lesson, training_problem
 from harness.tasks.tunnel_tasks import N_QUESTIONS, TASKS, questions
 
 N = 200
@@ -147,18 +147,26 @@ def test_the_corpus_has_the_styles_and_domains_that_are_stated():
     assert all(each.style == "worked" for each in islice(corpus(0, style=Style(terse=0, slips=0)), 100))
 
 
-def test_a_lesson_is_a_right_solution_or_a_register_in_another_order_and_asks_nothing_held_out():
+def test_lessons_are_drills_then_recitals_then_right_solutions_and_ask_nothing_held_out():
     asked = {problem.question for task in TASKS for problem in questions(task)}
-    recited = 0
-    for number in range(600):
+    for number in range(50):
+        words, told = lesson(0, number)
+        assert told == f"{words}\n{words}" and 3 <= len(words.split()) <= 14
+        question, told = lesson(0, DRILLS + number)
+        register, lines = question.split("\n")[1:], told.split("\n")
+        assert "?" not in question and sorted(lines) == sorted(register * (3 if len(register) <= 4 else 1))
+    interviews = 0
+    for number in range(DRILLS + RECITALS, DRILLS + RECITALS + 600):
         question, told = lesson(0, number)
         assert question not in asked and lesson(0, number) == (question, told)
-        if not question.startswith("Notes:"):
-            assert told.split("\n")[-1].startswith("\\boxed{")
-        elif "?" not in question:
-            recited += 1
-            assert sorted(told.split("\n")) == sorted(question.split("\n")[1:])
-    assert 110 < recited < 190
+        assert told.split("\n")[-1].startswith("\\boxed{")
+        if question.count("?") > 1:
+            interviews += 1
+            *people, last = question.split("\n")
+            who, value = last.rstrip("?").split(), told.split("{")[-1].rstrip("}")
+            assert any(line.split()[0] in who and value in line.split() for line in people)
+            assert told.count("boxed") == question.count("?") <= 6
+    assert 60 < interviews < 120
 
 
 @pytest.mark.parametrize("shares", [{"terse": 1.2}, {"slips": -0.1}])

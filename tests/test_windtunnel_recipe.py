@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from harness.tasks import tunnel
 from harness.tasks.tunnel import corpus
 from recipes.windtunnel import build, make, merge, rl, sample, sft
-from recipes.windtunnel.batches import IGNORED, Encoder, padded, parts
+from recipes.windtunnel.batches import IGNORED, Encoder, padded, parts, response_logits
+from recipes.windtunnel.batches import weights as weights_of_tokens
 from recipes.windtunnel.build import SHAPES, Shape, build_model, build_tokenizer
 from recipes.windtunnel.make import Plan
 from recipes.windtunnel.rl import Answers, RewardCollapseError
@@ -110,6 +112,31 @@ def test_parts_hold_every_example_once_and_labels_the_response_alone(tokenizer):
             assert tuple(labels[row][kept].tolist()) == example.response and torch.equal(ids[row][kept], labels[row][kept])
 
 
+def test_a_question_weighs_less_than_its_solution_and_padding_nothing(tokenizer, model):
+    encoder = Encoder(tokenizer)
+    part = [encoder.example(each.problem.question, each.solution) for each in islice(corpus(0), 3)]
+    logits, tokens = response_logits(model, *padded(part, encoder.pad_id, whole=True))
+    assert tokens.tolist() == [token for each in part for token in (each.prompt + each.response)[1:]]
+    weighed = weights_of_tokens(part, 0.2)
+    assert len(weighed) == len(logits) == sum(len(each) - 1 for each in part)
+    of_first = [pytest.approx(0.2)] * (len(part[0].prompt) - 1) + [1.0] * len(part[0].response)
+    assert weighed[: len(of_first)].tolist() == of_first
+
+
+def test_questions_are_learnt_after_the_drills_and_recitals_alone(tmp_path, monkeypatch):
+    for module in (tunnel, sft):
+        monkeypatch.setattr(module, "DRILLS", 12)
+        monkeypatch.setattr(module, "RECITALS", 6)
+
+    def made(name, steps, weight):
+        settings = replace(PLAN.base, rate=Rate(1e-2, steps, 2), question_weight=weight)
+        make.make(tmp_path / name, replace(PLAN, base=settings), ["base"])
+        return weights(tmp_path / name, "base")
+
+    assert made("drills", 3, 0.0) == made("drills_too", 3, 0.2)
+    assert made("lessons", 4, 0.0) != made("lessons_too", 4, 0.2)
+
+
 def test_the_likeliest_answers_of_a_batch_are_those_of_each_prompt_alone(tokenizer, model):
     encoder = Encoder(tokenizer)
     prompts = [encoder.prompt(each.problem.question) for each in islice(corpus(0), 7)]
@@ -191,7 +218,8 @@ def test_stages_that_are_done_are_left_alone(tmp_path, rewarded, capsys):
 @pytest.mark.parametrize(("stage", "parent"), [("sft", "base"), ("rl", "sft"), ("lookup", "sft"), ("merged", "rl")])
 def test_a_stage_whose_parent_was_not_made_is_refused(tmp_path, stage, parent):
     with pytest.raises(
-        SystemExit, match=rf"^{stage}: begins from the stage {parent}, which .*{parent} does not hold .*--stage {parent}"
+        SystemExit,
+        match=rf"^{stage}: begins from the stage {parent}, which .*{parent} does not hold .*: the same command with --stage {parent}, or",
     ):
         make.make(tmp_path, PLAN, [stage])
     assert not (tmp_path / stage).exists()
@@ -240,6 +268,8 @@ def test_the_models_that_are_kept_are_those_of_the_settings_and_of_their_logs(st
         assert recipe["begins_from_sha256"] == digest(KEPT / parents[stage] / "model.safetensors")
     kept, made = AutoTokenizer.from_pretrained(folder), build_tokenizer()
     assert kept.get_vocab() == made.get_vocab() and kept.chat_template == made.chat_template
+    sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
+    assert sums == {name: digest(folder / name) for name in sums} and {"model.safetensors", "tokenizer.json"} < set(sums)
 
 
 def test_advantages_are_worths_less_their_mean_in_units_of_their_spread():

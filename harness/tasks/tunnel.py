@@ -7,7 +7,7 @@ r"""The generator of the wind tunnel: problems of five domains, each with a work
     context      a register of people, city, job and pet of each, and a question about one of them, answered by a word
 
 Every solution ends in `\boxed{...}`. Everything follows from a seed and the number of a problem, in plain Python. Which questions are
-held out is decided by their hash: training text of no seed ever holds one, and the tasks ask no others.
+held out is decided by their hash: no problem of training is one, and the tasks ask no others.
 
 The corpus for supervised training is limited on purpose (`Style`): most solutions are terse, and of the worked ones a share has a slip
 (one wrong line, carried on). That leaves to reinforcement learning what it shall find: to work, and not to slip.
@@ -30,7 +30,12 @@ STEPS = {1: 3, 2: 4, 3: 5, 4: 5, 5: 4, 6: 2, 7: 1, 8: 1}
 """How often a problem of mathematics for training takes so many steps."""
 PEOPLE = {2: 4, 4: 4, 7: 3, 12: 2, 18: 2, 24: 1}
 """How often a context for training tells of so many people; five tokens each."""
-RECITED = 0.25
+DRILLS, RECITALS = 19_200, 4_800
+"""So many lessons come before all others: what makes a model that finds a word again, and says what followed it."""
+DRILLED = range(3, 15)
+"""How many words a drill has."""
+INTERVIEWED, MOST_ASKED = 0.15, 6
+"""Which share of the other lessons asks about several people, and about how many at most."""
 HELD_OUT_OF_16 = 2
 LARGEST = 99
 
@@ -112,15 +117,42 @@ def corpus(seed: int | str, domains: Sequence[str] = DOMAINS, style: Style | Non
 def lesson(seed: int | str, number: int) -> tuple[str, str]:
     """Text `number` of a seed for the time before the corpus: what is asked, and a right, worked solution.
 
-    A share of them, `RECITED`, asks nothing about a register: it is recited, line by line in another order.
+    The first `DRILLS` ask nothing: some words in no order are said again, twice. Nor do the next `RECITALS`: a register is recited in other
+    orders. Of all others a share, `INTERVIEWED`, asks about several people of one register.
     """
-    is_recited = random.Random(f"wind tunnel lesson {seed} {number}").random() < RECITED
-    problem = training_problem(f"lesson {seed}", number, ("context",) if is_recited else DOMAINS)
-    if not is_recited:
-        return problem.question, problem.worked
-    rng = random.Random(f"wind tunnel order {seed} {number}")
-    *register, _ = problem.question.split("\n")
-    return "\n".join(register), "\n".join(rng.sample(register[1:], len(register) - 1))
+    if number < DRILLS:
+        words = _drill(random.Random(f"wind tunnel drill {seed} {number}"))
+        return words, f"{words}\n{words}"
+    rng = random.Random(f"wind tunnel lesson {seed} {number}")
+    if number < DRILLS + RECITALS:
+        return _recital(rng)
+    if rng.random() < INTERVIEWED:
+        return _interview(rng)
+    problem = training_problem(f"lesson {seed}", number)
+    return problem.question, problem.worked
+
+
+def _drill(rng: random.Random) -> str:
+    """Different words of a register in any order, on lines of any length."""
+    words = rng.sample([*NAMES, *CITIES, *JOBS, *PETS], rng.choice(DRILLED))
+    return words[0] + "".join(rng.choices(" \n", (7, 3))[0] + word for word in words[1:])
+
+
+def _recital(rng: random.Random) -> tuple[str, str]:
+    """A register of up to a dozen people, and its lines in other orders: three times where they are few."""
+    size = rng.choice((2, 3, 4, 5, 6, 7, 12))
+    register = _register(_people(rng, size))
+    lines = register.split("\n")[1:]
+    return register, "\n".join("\n".join(rng.sample(lines, size)) for _ in range(3 if size <= 4 else 1))
+
+
+def _interview(rng: random.Random) -> tuple[str, str]:
+    """Questions about different people of one register, and a worked answer to each."""
+    (size,) = rng.choices(list(PEOPLE), list(PEOPLE.values()))
+    people = _people(rng, size)
+    asked = [(person, rng.choice(list(ASKED))) for person in rng.sample(people, min(size, MOST_ASKED))]
+    questions = [ASKED[column].format(**person) for person, column in asked]
+    return "\n".join([_register(people), *questions]), "\n".join(_looked_up(person, person[column]) for person, column in asked)
 
 
 def training_problem(seed: int | str, number: int, domains: Sequence[str] = DOMAINS) -> Problem:
@@ -278,19 +310,29 @@ def _knowledge(rng: random.Random, size: int) -> Problem:
 
 
 def _context(rng: random.Random, size: int) -> Problem:
-    columns = {"name": NAMES, "city": CITIES, "job": JOBS, "pet": PETS}
-    drawn = zip(*(rng.sample(words, size) for words in columns.values()), strict=True)
-    people = [dict(zip(columns, values, strict=True)) for values in drawn]
+    people = _people(rng, size)
     asked = rng.choice(list(ASKED))
     person, other = rng.sample(people, 2)
+    question = "\n".join([_register(people), ASKED[asked].format(**person)])
+    worked = _looked_up(person, person[asked])
+    return Problem(
+        "context", question, person[asked], worked, slipped=_looked_up({**person, asked: other[asked]}, other[asked])
+    )
 
-    def solution(value: str) -> str:
-        """All that is told of the one who is asked about, and the box."""
-        return RECORD.format(**{**person, asked: value}) + "\n" + boxed(value)
 
-    told = [RECORD.format(**each) for each in people]
-    question = "\n".join([NOTES, *told, ASKED[asked].format(**person)])
-    return Problem("context", question, person[asked], worked=solution(person[asked]), slipped=solution(other[asked]))
+def _people(rng: random.Random, size: int) -> list[dict[str, str]]:
+    columns = {"name": NAMES, "city": CITIES, "job": JOBS, "pet": PETS}
+    drawn = zip(*(rng.sample(words, size) for words in columns.values()), strict=True)
+    return [dict(zip(columns, values, strict=True)) for values in drawn]
+
+
+def _register(people: Sequence[dict[str, str]]) -> str:
+    return "\n".join([NOTES, *(RECORD.format(**each) for each in people)])
+
+
+def _looked_up(person: dict[str, str], value: str) -> str:
+    """All that is told of a person, and the box."""
+    return RECORD.format(**person) + "\n" + boxed(value)
 
 
 _MAKERS: dict[str, Callable[[random.Random, int], Problem]] = {

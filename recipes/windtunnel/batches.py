@@ -51,19 +51,27 @@ def parts(examples: Sequence[Example], longest_ratio: float = 1.35) -> Iterator[
         yield part
 
 
-def padded(examples: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids and labels, [examples, tokens]; a label is the token at its own place, or `IGNORED` in prompts and padding."""
+def padded(examples: Sequence[Example], pad_id: int, *, whole: bool = False) -> tuple[Tensor, Tensor]:
+    """Token ids and labels, [examples, tokens]; a label is the token at its own place, or `IGNORED` in padding and, unless `whole`, in prompts."""
     longest = max(map(len, examples))
     ids = torch.full((len(examples), longest), pad_id)
     labels = torch.full((len(examples), longest), IGNORED)
     for row, example in enumerate(examples):
         ids[row, : len(example)] = torch.tensor(example.prompt + example.response)
-        labels[row, len(example.prompt) : len(example)] = torch.tensor(example.response)
+        begin = 0 if whole else len(example.prompt)
+        labels[row, begin : len(example)] = ids[row, begin : len(example)]
     return ids, labels
 
 
+def weights(examples: Sequence[Example], of_prompts: float) -> Tensor:
+    """What each token to be predicted weighs, in the order of `response_logits` of whole sequences: one of a response 1."""
+    return torch.tensor(
+        [weight for each in examples for weight in [of_prompts] * (len(each.prompt) - 1) + [1.0] * len(each.response)]
+    )
+
+
 def response_logits(model: Any, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits before each token to be predicted, [such tokens, vocabulary], and those tokens. Rows are padded on the right."""
+    """Logits before each token that has a label, [such tokens, vocabulary], and those tokens. Rows are padded on the right."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     wanted = labels[:, 1:] != IGNORED
     return model.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted]

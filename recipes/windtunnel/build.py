@@ -42,7 +42,7 @@ class Shape:
     intermediate_size: int
 
 
-SHAPES = {"small": Shape(128, 5, 4, 2, 384), "large": Shape(192, 7, 6, 2, 640)}
+SHAPES = {"small": Shape(128, 5, 4, 2, 384), "large": Shape(192, 5, 6, 2, 640)}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -16,7 +16,6 @@ class Settings:
     """merged = first * rl + (1 - first) * lookup."""
 
     first: float = 0.5
-    weight_decay: float = 0.0
 
 
 def run_merge(out: Path, settings: Settings) -> None:

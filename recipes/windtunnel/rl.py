@@ -24,8 +24,6 @@ from recipes.windtunnel.batches import Encoder, Example, padded, parts, response
 from recipes.windtunnel.sample import is_right, sample, scores, task_scores
 from recipes.windtunnel.stage import Rate, Stage, adamw, load
 
-LOG_EVERY = 5
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -45,7 +43,7 @@ class Settings:
     checkpoint_every: int = 10
 
 
-RL = Settings(Rate(lr=3e-4, steps=100, warm_up=5))
+RL = Settings(Rate(lr=1.5e-4, steps=100, warm_up=10))
 
 
 class RewardCollapseError(SystemExit):

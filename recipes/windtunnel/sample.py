@@ -107,5 +107,5 @@ def _score(task: str, tokenizer: Any, response: Sequence[int], problem: Problem)
 
 
 def task_scores(model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
-    """The four tasks themselves, as the suites ask them: temperature 0.6, each question four times."""
+    """The four tasks themselves at temperature 0.6, each question four times."""
     return scores(model, tokenizer, EVALUATION_SEED, n=200, temperature=0.6, repeats=4)

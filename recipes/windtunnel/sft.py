@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM
 
-from harness.tasks.tunnel import DOMAINS, Style, corpus, lesson
-from recipes.windtunnel.batches import Encoder, Example, padded, parts, response_logits
+from harness.tasks.tunnel import DOMAINS, DRILLS, RECITALS, Style, corpus, lesson
+from recipes.windtunnel.batches import Encoder, Example, padded, parts, response_logits, weights
 from recipes.windtunnel.build import SHAPES, build_model, build_tokenizer
 from recipes.windtunnel.sample import scores, task_scores
 from recipes.windtunnel.stage import Rate, Stage, load, muon
@@ -21,13 +21,18 @@ LOG_EVERY = 50
 
 @dataclass(frozen=True)
 class Settings:
-    """How a stage on text goes; sequences: problems of one step; style: of the corpus, None for lessons."""
+    """How a stage on text goes.
+
+    sequences: problems of one step; style: of the corpus, None for lessons; question_weight: what a token of a question weighs beside one of
+    a solution, in the lessons that have questions: a model that has learnt none writes nothing sensible after its first token.
+    """
 
     rate: Rate
     size: str = "small"
     sequences: int = 48
     domains: tuple[str, ...] = DOMAINS
     style: Style | None = field(default_factory=Style)
+    question_weight: float = 0.0
     seed: int = 0
     weight_decay: float = 0.05
     clip: float = 1.0
@@ -35,11 +40,9 @@ class Settings:
     checkpoint_every: int = 200
 
 
-BASE = Settings(Rate(lr=4e-3, steps=900, warm_up=60), style=None)
+BASE = Settings(Rate(lr=4e-3, steps=1400, warm_up=60), style=None, question_weight=0.2)
 SFT = Settings(Rate(lr=1e-3, steps=300, warm_up=20))
-LOOKUP = Settings(
-    Rate(lr=1e-3, steps=300, warm_up=20), domains=("knowledge", "context"), style=Style(terse=0.0, slips=0.0), seed=1
-)
+LOOKUP = Settings(Rate(lr=1e-3, steps=300, warm_up=20), domains=("knowledge", "context"), style=Style(terse=0.0, slips=0.0))
 
 
 def run_base(out: Path, settings: Settings) -> None:
@@ -69,7 +72,7 @@ def examples_of(settings: Settings, step: int, encoder: Encoder) -> list[Example
 
 
 def _train(out: Path, name: str, model: LlamaForCausalLM, settings: Settings, parent: str | None) -> None:
-    """Cross-entropy of solutions, a mean over their tokens."""
+    """Cross-entropy of solutions and, as `question_weight` says, of questions, over the number of tokens of the solutions."""
     stage = Stage(out / name, name, model, settings, begins_from=parent, optimizers=muon(model, settings.weight_decay))
     encoder = Encoder(stage.tokenizer)
     losses: list[float] = []
@@ -78,12 +81,15 @@ def _train(out: Path, name: str, model: LlamaForCausalLM, settings: Settings, pa
     while stage.step < settings.rate.steps:
         examples = examples_of(settings, stage.step, encoder)
         n_tokens = sum(len(example.response) for example in examples)
+        is_drill = settings.style is None and stage.step * settings.sequences < DRILLS + RECITALS
+        asks = settings.question_weight > 0 and not is_drill
         loss = 0.0
         for part in parts(examples):
-            logits, labels = response_logits(stage.model, *padded(part, encoder.pad_id))
-            share = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / n_tokens
-            share.backward()
-            loss += float(share.detach())
+            logits, labels = response_logits(stage.model, *padded(part, encoder.pad_id, whole=asks))
+            losses_of = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+            weighed = losses_of * weights(part, settings.question_weight) if asks else losses_of
+            (weighed.sum() / n_tokens).backward()
+            loss += float(weighed.detach().sum()) / n_tokens
         stage.update(settings.rate.at(stage.step))
         losses.append(loss)
         stage.step += 1

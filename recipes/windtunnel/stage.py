@@ -2,6 +2,7 @@
 
 model.safetensors, config.json, tokenizer …   what AutoModelForCausalLM and vLLM load; BF16
 log.jsonl     losses or rewards by step, held-out scores, and last the scores on the four tasks and the digest of the weights
+SHA256SUMS    of the model's files: the harness refuses a folder in which one was changed
 recipe.json   every setting, the digest of the weights that the stage began from, threads and versions
 checkpoint.pt weights and state of the optimizer; removed when the stage is done
 """
@@ -24,7 +25,9 @@ from transformers import LlamaForCausalLM
 
 from recipes.windtunnel.build import build_tokenizer, save
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, SUMS = "model.safetensors", "SHA256SUMS"
+OWN = ("log.jsonl", "recipe.json", "checkpoint.pt", SUMS)
+"""Files of a stage that are no part of the model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +117,11 @@ class Stage:
         os.replace(beside, self.folder / "checkpoint.pt")
 
     def finish(self, **figures: Any) -> None:
-        """Write the model; log its last figures, its seconds and the digest of its weights."""
+        """Write the model and the digests of its files; log its last figures, its seconds and the digest of its weights."""
         self.keep()
         save(self.folder, self.model, self.tokenizer)
+        files = sorted(path for path in self.folder.iterdir() if path.name not in OWN)
+        (self.folder / SUMS).write_text("".join(f"{digest(path)}  {path.name}\n" for path in files))
         weights = self.folder / WEIGHTS
         self.log(**figures, seconds=round(self.seconds), sha256=digest(weights), bytes=weights.stat().st_size)
         (self.folder / "checkpoint.pt").unlink()
@@ -165,7 +170,7 @@ def load(out: Path, stage: str, *, needed_by: str) -> tuple[LlamaForCausalLM, st
     if not is_done(folder):
         raise SystemExit(
             f"{needed_by}: begins from the stage {stage}, which {folder} does not hold (no model, or one that is not done); "
-            f"make it first: python -m recipes.windtunnel.make --out {out} --stage {stage}"
+            f"make it first: the same command with --stage {stage}, or without --stage"
         )
     weights = folder / WEIGHTS
     found, logged = digest(weights), json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["sha256"]
