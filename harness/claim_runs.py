@@ -6,7 +6,7 @@ that is of other weights than lie there now. Each is named, with what to do.
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from harness.evidence import Answers, RunEvidence, open_run_evidence
 from harness.models import resolve_model
 from harness.records import read_json
 from harness.resolved import changed_since
+from harness.schema import Model
 from harness.store import Store, cache_folder
 from harness.suite import Suite
 
@@ -68,7 +69,12 @@ def runs_of(suites: dict[str, Suite], results: Path) -> dict[str, SuiteRun]:
         except StoreError as error:
             problems.append(str(error))
     if problems:
-        raise StoreError("\n".join(problems))
+        hint = (
+            [f"{len(found)} of {len(suites)} suites have a run; --claim ID decides a claim whose suites have theirs"]
+            if found
+            else []
+        )
+        raise StoreError("\n".join([*problems, *hint]))
     return found
 
 
@@ -103,11 +109,28 @@ def _folder(suite: Suite, results: Path, withdrawn: dict[tuple[str, str], str]) 
     raise StoreError(f"{results / suite.name}: no finished run of the suite {suite.name}{there}; {again}")
 
 
-def _other_weights(suite: Suite, about: dict[str, Any]) -> list[str]:
-    """Whether the weights that lie here now are not those of the run. Of weights that do not lie here the record is all there is."""
-    recorded = (about.get("model") or {}).get("fingerprint")
-    with contextlib.suppress(ModelError):
-        now = resolve_model(suite.model, Store(cache_folder())).fingerprint
+def _other_weights(suite: Suite, about: dict[str, Any]) -> Iterator[str]:
+    """The models of a suite whose weights here and now are not those of the run. Of weights that do not lie here the record is all there is.
+
+    StoreError: a folder is there, and its files are not what they were when it was made.
+    """
+    kept = {variant["name"]: variant.get("teacher_fingerprint") for variant in about["variants"]}
+    models = [(suite.model, (about.get("model") or {}).get("fingerprint"))]
+    models += [
+        (Model(path=variant.teacher.path, revision=variant.teacher.revision), kept.get(variant.name))
+        for variant in suite.variants
+        if variant.teacher is not None
+    ]
+    seen = set()
+    for model, recorded in models:
+        if (model.path, recorded) in seen:
+            continue
+        seen.add((model.path, recorded))
+        try:
+            now = resolve_model(model, Store(cache_folder())).fingerprint
+        except ModelError as error:
+            if Path(model.path).expanduser().is_dir():
+                raise StoreError(str(error)) from error
+            continue
         if now != recorded:
-            return [f"model {suite.model.path} has the weights {now[:12]} now, {str(recorded)[:12]} in the run"]
-    return []
+            yield f"model {model.path} has the weights {now[:12]} now, {str(recorded)[:12]} in the run"

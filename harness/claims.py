@@ -24,7 +24,7 @@ from harness.suite import ResolvedVariant, Suite, load_suite
 from harness.toml_file import read_toml
 
 Figure = Literal["kl", "ce", "top1"]
-Expected = Literal["higher", "lower", "equal"]
+Expected = Literal["higher", "lower", "equal", "not higher", "not lower"]
 _Text = Annotated[str, Field(pattern=r"\S")]
 _Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 MIN_SEEDS = 3
@@ -48,7 +48,8 @@ class Comparison(Section):
 
     tasks: their mean, each weighing the same; or metric: KL, CE (nats a token) or top-1 agreement with BF16. Without either, `tasks` of the file.
     baseline_suite: where the baseline is from, if not from `suite`. minus: a difference of the same to take off.
-    margin: in points, of KL and CE in nats. "higher" and "lower" mean by more than it (0), "equal" by less than it, and has to have one.
+    margin: in points, of KL and CE in nats. "higher" and "lower" mean by more than it (0), "equal", "not higher" and
+    "not lower" by less than it, and have to have one.
     """
 
     suite: Name
@@ -67,8 +68,10 @@ class Comparison(Section):
             raise ValueError("found tasks and metric; a comparison is in one of the two, remove the other")
         if self.tasks is not None and len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks: found {', '.join(self.tasks)}, one of them twice")
-        if self.expects == "equal" and not self.margin:
-            raise ValueError('margin: missing or 0; expects = "equal" needs one: how far apart still counts as equal')
+        if self.expects in ("equal", "not higher", "not lower") and not self.margin:
+            raise ValueError(
+                f'margin: missing or 0; expects = "{self.expects}" needs one: what difference still counts as none'
+            )
         if (self.candidate, self.suite) == (self.baseline, self.baseline_suite or self.suite):
             raise ValueError(f'candidate and baseline are both "{self.candidate}" of {self.suite}; name two')
         return self
@@ -144,12 +147,13 @@ class _File(Section):
 
 @dataclass(frozen=True)
 class Claims:
-    """A file of claims that fits its suites. suites: by name, those that it names."""
+    """A file of claims that fits its suites. suites: by name, those that it names. chosen: the claims that were asked for, if not all."""
 
     path: Path
     claims: tuple[Claim, ...]
     trajectories: tuple[Trajectory, ...]
     suites: dict[str, Suite]
+    chosen: tuple[str, ...] = ()
 
 
 def load_claims(path: Path, only: tuple[str, ...] = ()) -> Claims:
@@ -182,7 +186,7 @@ def load_claims(path: Path, only: tuple[str, ...] = ()) -> Claims:
         mistakes.add(where, message, near=near)
     if mistakes.found:
         raise SuiteError("\n".join(mistakes.found))
-    return Claims(path, claims, trajectories, suites)
+    return Claims(path, claims, trajectories, suites, only)
 
 
 def members(suite: Suite, name: str) -> list[ResolvedVariant]:

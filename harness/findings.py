@@ -6,7 +6,8 @@ writes the Markdown, the same as JSON beside it, a figure of each trajectory, an
 leaderboard shows. The same claims and runs give the same bytes.
 
 The rule of a verdict: "higher" and "lower" agree where the whole interval lies on the claimed side of the margin, and disagree where it lies
-wholly on the other; "equal" agrees where the interval lies within the margin, and disagrees where it lies wholly beyond; all else cannot tell.
+wholly on the other; "equal" agrees where the interval lies within the margin, and disagrees where it lies wholly beyond; "not lower" and "not
+higher" are one half of "equal"; all else cannot tell.
 A claim agrees where all its comparisons do, and disagrees where any does.
 """
 
@@ -40,6 +41,7 @@ def find(claims: Claims, results: Path) -> dict[str, Any]:
     problems: list[str] = []
     decided = [_claim(claim, runs, problems) for claim in claims.claims]
     trajectories = [_trajectory(each, runs, problems) for each in claims.trajectories]
+    scores = [_scores(run, named) for run in runs.values() if (named := _named(claims, run.suite.name))] if not problems else []
     if problems:
         raise StoreError("\n".join(dict.fromkeys(problems)))
     comparisons = [comparison for claim in decided for comparison in claim["comparisons"]]
@@ -48,10 +50,12 @@ def find(claims: Claims, results: Path) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "claims_file": claims.path.as_posix(),
+        "chosen": list(claims.chosen),
         "confidence": CONFIDENCE,
         "n_comparisons": len(comparisons),
         "claims": decided,
         "trajectories": trajectories,
+        "scores": scores,
         "suites": [_suite(run) for run in runs.values()],
     }
 
@@ -74,8 +78,10 @@ def findings(path: Path, results: Path, out: Path | None, only: tuple[str, ...] 
 
 def decide(expects: Expected, margin: float, low: float, high: float) -> Verdict:
     """The verdict on one difference, all in one unit: see the module."""
-    if expects == "lower":
+    if expects in ("lower", "not higher"):
         low, high = -high, -low
+    if expects in ("not lower", "not higher"):
+        margin = -margin
     if expects == "equal":
         is_so, is_not = -margin < low and high < margin, low > margin or high < -margin
     else:
@@ -122,7 +128,13 @@ def _compared(comparison: Comparison, runs: dict[str, SuiteRun]) -> dict[str, An
     reach = len(groups) / 2 if unit == POINTS else math.inf
     found = _estimate(layout, (-reach, reach))
     margin = comparison.margin / scale
-    limits = {"higher": (margin,), "lower": (-margin,), "equal": (-margin, margin)}[comparison.expects]
+    limits = {
+        "higher": (margin,),
+        "lower": (-margin,),
+        "equal": (-margin, margin),
+        "not higher": (margin,),
+        "not lower": (-margin,),
+    }[comparison.expects]
     return {
         "tasks": list(comparison.tasks) if comparison.tasks else None,
         "metric": comparison.metric,
@@ -199,6 +211,33 @@ def _panel(each: Trajectory, run: SuiteRun, name: str, metric: str | None) -> di
         "lines": [{"name": line.name, "points": [*start, *(cells[v] for v in line.variants)]} for line in each.line],
         "levels": [cells[variant] for variant in each.levels],
     }
+
+
+def _named(claims: Claims, suite: str) -> set[str]:
+    """The variants of a suite that a claim or a trajectory names."""
+    of_claims = {
+        variant for claim in claims.claims for each in claim.comparison for _, its, variant in each.cells if its == suite
+    }
+    return of_claims.union(*(each.variants for each in claims.trajectories if each.suite == suite))
+
+
+def _scores(run: SuiteRun, named: set[str]) -> dict[str, Any]:
+    """What the named variants of a suite scored, each alone: a column a task, KL and CE where they were measured; what has none, and why."""
+    figures: list[tuple[str, str | None]] = [(task.name, None) for task in run.suite.tasks]
+    figures += [("kl", "kl"), ("ce", "ce")] if run.suite.diagnostics else []
+    groups = [
+        group_of(1, run, v) for v in dict.fromkeys([*(v.group for v in run.suite.variants), *sorted(named)]) if v in named
+    ]
+    columns, without = [], []
+    for name, metric in figures:
+        try:
+            layout = of_tokens(groups, metric) if metric else of_tasks(groups, [name])
+            cells = [_cell(group, layout, number, metric) for number, group in enumerate(groups)]
+        except StoreError as error:
+            without.append(f"{name}: {error}")
+            continue
+        columns.append({"name": name, "unit": _unit(metric)[1], "cells": cells})
+    return {"suite": run.suite.name, "columns": columns, "without": without}
 
 
 def _suite(run: SuiteRun) -> dict[str, Any]:

@@ -72,6 +72,9 @@ def read_by(suite: Suite) -> dict[str, Any]:
 def _variant_record(plan: Plan, variant: Any, done: list[tuple[Stage, StoredStage]]) -> dict[str, Any]:
     """A variant with its settings and what is known of its checkpoint."""
     settings = settings_of(variant)
+    teacher = next((s.inputs["teacher"].source for s in plan.stages if s.variant == variant and "teacher" in s.inputs), None)
+    if teacher is not None:
+        settings["teacher_fingerprint"] = teacher.fingerprint
     checkpoint = plan.checkpoint_of[variant.name]
     found = next((stored for stage, stored in done if stage.key == checkpoint.key), None)
     folder = found.folder if found else folder_of(checkpoint.source) if checkpoint.source and done else None

@@ -9,6 +9,8 @@ from conftest import build_tiny_model
 from typer.testing import CliRunner
 
 from harness.cli import app
+from harness.models import folder_fingerprint
+from harness.store import Store
 
 SHORT = """
 schema = 1
@@ -99,6 +101,8 @@ training = {{ train = "all" }}
     trained = {name: variant for name, variant in found.items() if variant["method"] == "qad"}
     assert set(trained) == {"packed-seed0", "packed-seed1", "learned", "scales", "taught"}
     assert len({variant["start_digest"] for variant in trained.values()}) == 1
+    assert [name for name, variant in found.items() if "teacher_fingerprint" in variant] == ["taught"]
+    assert found["taught"]["teacher_fingerprint"] == folder_fingerprint(other, Store(tmp_path / "store"))
     assert trained["packed-seed0"]["budget"]["steps"] <= trained["learned"]["budget"]["steps"]
     assert trained["packed-seed0"]["last_loss"] != trained["packed-seed1"]["last_loss"]
     assert trained["scales"]["codes_changed"] == 0 < trained["scales"]["block_scales_changed"]
