@@ -94,11 +94,11 @@ def render_markdown(record: dict[str, Any], stem: str) -> str:
         "",
         "## Scores",
         "",
-        "Each alone, with its 95 % interval over questions and seeds; differences above are paired, and narrower.",
+        "Each alone, with its 95 % interval over questions and seeds; differences above are paired over questions, and mostly narrower.",
     ]
     for suite in record["scores"]:
-        lines += [*([""] if suite["columns"] else []), *_scores(suite)]
-        lines += ["", *(f"- {_text(why)}" for why in suite["without"])] if suite["without"] else []
+        lines += ["", *_scores(suite)] if suite["columns"] else []
+        lines += ["", *(f"- {_text(suite['suite'])}, {_text(why)}" for why in suite["without"])] if suite["without"] else []
     lines += ["", "## Runs", "", "| suite | run | model |", "| --- | --- | --- |"]
     lines += [f"| `{s['file']}` | {_text(s['place'])} | {_text(s['model'])} `{weights(s)}` |" for s in record["suites"]]
     return "\n".join([*lines, ""])

@@ -183,6 +183,13 @@ def test_a_claim_agrees_with_all_of_its_comparisons_and_disagrees_with_any(here)
     assert record["claims"][0]["verdict"] == "disagrees"
 
 
+def test_a_suite_without_scores_has_a_line_for_each_and_no_empty_table(here):
+    record = found_in(here, comparison())
+    record["scores"] = [{"suite": "tunnel", "columns": [], "without": ["mini_math: partial"]}]
+    text = render_markdown(record, "findings")
+    assert "\n\n- tunnel, mini\\_math: partial\n" in text and "| tunnel | seeds |" not in text
+
+
 def test_what_is_compared_is_named_shortly():
     said = {("a_b",): "a_b", ("gpqa", "aime"): "mean of gpqa and aime", ("a", "b", "c"): "mean of 3 tasks"}
     assert {tasks: figure_text({"tasks": list(tasks)}) for tasks in said} == said
